@@ -13,8 +13,10 @@ from ..models.mixture.config import MixtureConfig
 from ..models.mixture.costs import recomputed_matrices
 from ..models.part_config import AttentionConfig, BlockConfig, LatentAttentionConfig
 from ..parallel.config import ParallelConfig
+from ..parallel.layout import Layout
 from .kernel_time import Kernels
-from .network import Group
+from .memory import Job
+from .network import Group, group, group_of
 from .software import Software
 
 KERNELS = 15
@@ -70,6 +72,35 @@ class BlockWork:
     ep: Group | None = None
     fused_experts: bool = False
     compiled: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        job: Job,
+        parallel: ParallelConfig,
+        layout: Layout,
+        software: Software,
+        kernels: Kernels,
+        *,
+        length: float,
+        policy: str,
+    ) -> BlockWork:
+        """Derive the work of a run's blocks under one activation policy. length: as above."""
+        cluster = kernels.cluster
+        return cls(
+            tokens=job.tokens / parallel.cp,
+            length=length,
+            policy=policy,
+            float8=job.float8 != "none",
+            fused=job.fused,
+            parallel=parallel,
+            software=software,
+            tp=group_of(cluster, layout, "tp"),
+            cp=group_of(cluster, layout, "cp"),
+            ep=group(cluster, layout.ep, 1, layout.world_size) if layout.ep > 1 else None,  # the innermost as experts see it
+            fused_experts=bool(job.fused_experts),
+            compiled=job.compiled,
+        )
 
 
 def block_time(block: BlockConfig, work: BlockWork, kernels: Kernels) -> BlockTime:

@@ -13,7 +13,6 @@ from .block_time import BlockWork, block_time
 from .cluster import ClusterConfig
 from .kernel_time import Kernels
 from .memory import Job
-from .network import group, group_of
 from .software import COMPILED, EAGER
 from .step_time import ends_time
 
@@ -53,13 +52,11 @@ def _block_costs(
     """Return a block's seconds per token and position of its document, per token, and per row."""
     window = block.attention.window
     lengths = LENGTHS if window is None else (max(1, window // 4), window)
-    groups = group_of(kernels.cluster, layout, "tp"), group_of(kernels.cluster, layout, "cp")
-    ep = group(kernels.cluster, layout.ep, 1, layout.world_size) if layout.ep > 1 else None
-    software, float8 = COMPILED if job.compiled else EAGER, job.float8 != "none"
+    software = COMPILED if job.compiled else EAGER
     seconds: list[float] = []
     launches = 0.0
     for length in lengths:
-        work = BlockWork(job.tokens, length, policy, float8, job.fused, parallel, software, *groups, ep)
+        work = BlockWork.of(job, parallel, layout, software, kernels, length=length, policy=policy)
         parts = block_time(block, work, kernels)
         passes = parts.forward, parts.to_input, parts.to_weight
         launches = sum(each.get("launches", 0.0) for each in passes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..checkpoint.config import CheckpointConfig
 from ..config.precision import PRECISIONS
@@ -115,24 +115,19 @@ def step_time(step: Step, *, simulated: bool = True) -> StepTime:
 
 def _stage_times(step: Step, kernels: Kernels) -> list[BlockTime]:
     """Predict the passes of every stage over one micro-batch."""
-    parallel, job, layout = step.parallel, step.job, step.layout
-    tokens = job.tokens / parallel.cp
-    ep = group(step.cluster, layout.ep, 1, layout.world_size) if layout.ep > 1 else None  # the innermost as experts see it
-    groups = group_of(step.cluster, layout, "tp"), group_of(step.cluster, layout, "cp"), ep
+    parallel, job = step.parallel, step.job
+    length = min(step.length or job.seq_len, job.seq_len)
+    work = BlockWork.of(job, parallel, step.layout, step.traits, kernels, length=length, policy="none")
     times: dict[tuple[int, str], BlockTime] = {}
     shapes = step.model.blocks()
     stages: list[BlockTime] = []
     plan = step.cost.plan
     for at, layers in enumerate(plan.layers):
-        passes = [ends_time(step.model, parallel.tp, kernels, tokens, first=at == 0, last=at == plan.count - 1)]
+        passes = [ends_time(step.model, parallel.tp, kernels, work.tokens, first=at == 0, last=at == plan.count - 1)]
         for layer in layers:
             block, policy = shapes[layer], job.policies[layer]
             if (id(block), policy) not in times:
-                float8 = job.float8 != "none"
-                length = min(step.length or job.seq_len, job.seq_len)
-                kernels_of_experts = bool(job.fused_experts), job.compiled
-                work = BlockWork(tokens, length, policy, float8, job.fused, parallel, step.traits, *groups, *kernels_of_experts)
-                times[id(block), policy] = block_time(block, work, kernels)
+                times[id(block), policy] = block_time(block, replace(work, policy=policy), kernels)
             passes.append(times[id(block), policy])
         stages.append(
             BlockTime(

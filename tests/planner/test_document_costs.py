@@ -17,8 +17,8 @@ from meshloom.planner.cluster import ClusterConfig, Rates, load_cluster
 from meshloom.planner.document_costs import document_costs
 from meshloom.planner.kernel_time import Kernels
 from meshloom.planner.memory import Job
-from meshloom.planner.network import group_of
-from meshloom.planner.software import COMPILED
+from meshloom.planner.network import group, group_of
+from meshloom.planner.software import COMPILED, EAGER
 from meshloom.planner.step_time import ends_time
 from meshloom.trainer.hybrid import hybrid_dealer
 from support.configs import problems_of
@@ -59,6 +59,22 @@ def test_a_row_of_documents_takes_the_time_of_its_blocks(policy: str, experts: E
         passes += [(1, ends.forward), (1, ends.to_input), (1, ends.to_weight)]
         expected = sum(times * sum(parts.values()) for times, parts in passes)
         assert sum(found.documents([length] * (ROW // length))) + found.row == pytest.approx(expected, rel=1e-9)
+
+
+def test_experts_of_documents_are_those_of_the_run() -> None:
+    """A run whose blocks are not compiled multiplies shared experts again, and kernels of experts compute little again."""
+    shape = replace(SHAPE, experts=ExpertsConfig(count=8, top_k=2, shared=1, ffn_dim=1024))
+    parallel, alone = ParallelConfig(zero=1), group(H100, 1, 1, 1)
+    for compiled, fused in ((False, False), (True, True)):
+        job = Job(ROW, 1, 1, "bf16", ["full"] * shape.layers, compiled=compiled, fused_experts=fused)
+        found = document_costs(shape, parallel, Layout.plan(parallel, 64), job, H100)
+        kernels, software = Kernels(H100, "bf16"), COMPILED if compiled else EAGER
+        work = BlockWork(ROW, ROW, "full", False, False, parallel, software, alone, alone, None, fused, compiled)
+        block, ends = block_time(shape.block(0), work, kernels), ends_time(shape, 1, kernels, ROW, first=True, last=True)
+        passes = [(32, block.forward), (32, block.to_input), (32, block.to_weight)]
+        passes += [(1, ends.forward), (1, ends.to_input), (1, ends.to_weight)]
+        expected = sum(times * sum(parts.values()) for times, parts in passes)
+        assert found.document(ROW) + found.row == pytest.approx(expected, rel=1e-9)
 
 
 def test_layers_with_a_window_cost_what_they_see() -> None:
