@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 
 from ..config.nodes import Custom
 from ..config.problems import ConfigError, Problem
-from ..models.config import DecoderConfig
 from ..optim.build import build_controller
 from ..optim.optimizers.matrix_config import MatrixOptimConfig
 from ..optim.progress import Progress
 from ..parallel.config import ParallelConfig
 from ..parallel.hybrid.cost import decoder_flops
-from ..parallel.hybrid.share import HybridAssigner
 from ..parallel.layout import Layout
 from ..planner.checkpoint_needs import CheckpointNeeds, checkpoint_needs, describe_needs
 from ..planner.cluster import ClusterConfig
@@ -35,7 +33,7 @@ from ..trainer.costs import (
     with_kernels,
 )
 from ..trainer.derived import build_horizon
-from ..trainer.hybrid import hybrid_dealer as dealer_of
+from ..trainer.hybrid import hybrid_dealer
 from ..trainer.launching import planned_processes
 from ..trainer.machine_gpus import planned_machine
 from ..trainer.resolve import ResolvedRun, ResolveOptions, resolve
@@ -169,7 +167,7 @@ def plan_of(
     job = job_of(config, model.shape, assigner, fused=fused)
     dealt: DealtStep | None = None
     if parallel.hdp != "none":
-        dealer = hybrid_dealer(config, layout, model.shape)
+        dealer = hybrid_dealer(config, layout, model.shape, decoder_flops(model.shape))
         if documents is None:
             notes.append("each sample is taken for one document; --documents says what they are, or takes the data's own")
         dealt = dealt_step(documents or [job.seq_len] * samples, dealer, job.seq_len, job.micro)
@@ -191,11 +189,6 @@ def plan_of(
         *_caveats(parallel),
     ]
     return Plan(model, parallel, layout, job, drawn(cost, model.shape, parallel, job), away, needs, samples, notes, dealt)
-
-
-def hybrid_dealer(config: RunConfig, layout: Layout, shape: DecoderConfig) -> HybridAssigner:
-    """Return what deals the documents of global batches to the data ranks."""
-    return dealer_of(config, layout, shape, decoder_flops(shape))
 
 
 def spared_by_fusing(plan: Plan, config: RunConfig) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from ..data.batch import GlobalBatch
 from ..parallel.hybrid.assignment import in_lockstep
+from ..parallel.hybrid.cost import decoder_flops
 from ..parallel.hybrid.planning import assign
 from ..parallel.hybrid.share import BatchDocuments
 from ..planner.step_drawing import Panel, step_svg
+from ..trainer.hybrid import hybrid_dealer
 from ..trainer.run import prepared_data
 from ..trainer.schema import RunConfig
-from .planning import Plan, hybrid_dealer
+from .planning import Plan
 
 
 def step_picture(config: RunConfig, plan: Plan) -> str:
@@ -19,7 +21,7 @@ def step_picture(config: RunConfig, plan: Plan) -> str:
     """
     data = prepared_data(config.data, config.seed, config.model.vocabulary)
     micro, seq_len = plan.job.micro, data.seq_len
-    dealer = hybrid_dealer(config, plan.layout, plan.model.shape)
+    dealer = hybrid_dealer(config, plan.layout, plan.model.shape, decoder_flops(plan.model.shape))
     lengths = BatchDocuments.of(data.train(), GlobalBatch(0, plan.samples)).lengths
     capacity = dealer.row_tokens(seq_len, micro)
     costs = dealer.costs(capacity)

@@ -1,4 +1,4 @@
-"""What deals the documents of a run's global batches, under hybrid data parallelism. Imports no torch."""
+"""Make the dealer of a run's documents under hybrid data parallelism. Imports no torch."""
 
 from __future__ import annotations
 
