@@ -98,7 +98,7 @@ def wait_for_end(nodes: list[subprocess.Popen[bytes]], began: float) -> None:
     for number, node in left.items():
         print(f"node {number} still ran after {PATIENCE:.0f} s, and is killed", flush=True)
         node.kill()
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(subprocess.TimeoutExpired):
             node.wait(5)
 
 
