@@ -50,7 +50,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is laid out: number of processes, and the words of its command line."""
+    """The layout of a run: its number of processes, and the words of its command line."""
 
     name: str
     ranks: int
@@ -110,7 +110,7 @@ def read_faults(path: Path) -> list[Fault]:
 
 @dataclass(frozen=True)
 class Odds:
-    """How likely each kind is to be drawn, and how many faults a run has."""
+    """The weight by which each kind is drawn, and the numbers of faults of a run that are drawn from."""
 
     weights: Mapping[str, float] = field(
         default_factory=lambda: {

@@ -22,7 +22,7 @@ class Struck:
 
     @property
     def kind(self) -> str:
-        """What it counts as: stops by the part of the step, flips of state by whether another rank holds a copy."""
+        """Name its row of the table: stops apart by the part of the step, flips of state by whether another rank has a copy."""
         kind = self.result.schedule.faults[self.number].kind
         if kind == "stop":
             return f"stop in {self.result.fired[self.number]['phase']}"

@@ -1,4 +1,4 @@
-"""What is kept of a run, one JSON object a line: facts only. The judgement is made when they are read."""
+"""The record of a run under fire, one JSON object a line. It has facts only; the judgement is made when it is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .faults import Fault, Layout, Schedule
 
 @dataclass
 class Result:
-    """What a run under fire has left behind.
+    """The record of a run under fire.
 
     codes        exit code of each launcher, in order; None: it was killed
     losses       step → loss, of the newest row of each step
@@ -43,7 +43,7 @@ NUMBERED = ("losses", "undisturbed", "fired")
 
 
 def to_row(result: Result) -> dict[str, Any]:
-    """Return what is kept of a run, as JSON values."""
+    """Return the record of a run as JSON values, without what it said."""
     schedule = result.schedule
     return {
         "number": schedule.number,

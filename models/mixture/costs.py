@@ -1,4 +1,4 @@
-"""What a mixture of experts keeps for its backward pass, and computes again in it, for each token. Imports no torch.
+"""Count what a mixture of experts keeps for its backward pass, and computes again in it, for each token. Imports no torch.
 
 Shape legend: D model width, F an expert's width, E experts, K chosen experts of a token, P width of a recurrent router's state.
 """
@@ -27,7 +27,7 @@ def kept_beside(mixture: MixtureConfig, policy: str, unit: int, accum: int) -> f
         inputs = accum * mixture.dim + (unit * mixture.dim if keys.shared and unit != accum else 0)
         may_drop = keys.router == "relu" or keys.parts.router is not None or keys.capacity is not None
         dropped = 2 * keys.top_k if may_drop else 0  # masks of rows, on both ways
-        routing = kept_by_router(keys, unit, accum) + 2 * INDEX * keys.top_k
+        routing = _kept_by_router(keys, unit, accum) + 2 * INDEX * keys.top_k
         return inputs + routing + dropped + keys.top_k * mixture.dim * (unit + accum)
     product = accum * (keys.carried_dim or keys.count) if policy == "selective" else 0
     return _kept_choice(keys) + unit * keys.carried_dim + product
@@ -46,7 +46,7 @@ def kept_by_kernels(mixture: MixtureConfig, policy: str, unit: int, accum: int, 
     if policy == "none":
         # A recurrent router has no kernel: it copies its input to the precision in which it computes.
         inputs = unit + (accum if keys.carried_dim and unit != accum else 0)
-        return inputs * mixture.dim + both + shared + kept_by_router(keys, unit, accum) + INDEX * keys.top_k
+        return inputs * mixture.dim + both + shared + _kept_by_router(keys, unit, accum) + INDEX * keys.top_k
     up = (both if compiled else 1.5 * both) if policy == "selective" else 0
     return kept_beside(mixture, policy, unit, accum) + up
 
@@ -56,7 +56,7 @@ def _kept_choice(keys: ExpertsConfig) -> int:
     return (INDEX + (keys.router == "relu")) * keys.top_k
 
 
-def kept_by_router(keys: ExpertsConfig, unit: int, accum: int) -> float:
+def _kept_by_router(keys: ExpertsConfig, unit: int, accum: int) -> float:
     """Count the bytes per token that a router keeps under the charges of a training step, its input apart.
 
     Of each expert, softmax keeps its score before and after charges. Sigmoid keeps it three times, once divided by the sum,

@@ -318,7 +318,7 @@ KERNEL_FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.meshloom.experts_down: lambda hidden, both, w2, gates, token, place, bounds, **_: rows_flops(token, w2, bounds),
     torch.ops.meshloom.router_logits: lambda x, weight, **_: 2 * x[0] * x[1] * weight[0],
 }
-"""What PyTorch's counter does not know: FLOPs of the kernels of experts."""
+"""FLOPs of the kernels of experts, which PyTorch's counter does not know."""
 AGAIN: list[tuple[str | None, bool, str]] = [
     *[(None, False, place) for place in ("before", "after")],
     *[(name, False, "before") for name in ("softmax", "shared", "without gate", "recurrent", "ReLU")],

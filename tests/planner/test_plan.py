@@ -205,7 +205,7 @@ def test_kernels_of_experts_are_counted_where_a_run_can_use_them() -> None:
     ]
 
     def planned_with(*more: str) -> tuple[bool | None, ...]:
-        """Whether experts are fused where it is not known what GPUs can, where they can't, and where they can."""
+        """Plan with GPUs of which nothing is known, that have no kernels, and that have them; tell which plans fuse experts."""
         run = resolve_plan([*words, *more]).config
         return tuple(checked_plan(run, fused=fused).job.fused_experts for fused in (None, False, True))
 
