@@ -33,6 +33,11 @@ def attempt_folder() -> Path | None:
     return Path(given).parents[1] if given else None
 
 
+def is_first_on_host() -> bool:
+    """Return whether this rank is the first of its host; one that was started alone is."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def share_on_host(name: str, make: Callable[[], T]) -> T:
     """Return what `make` returns on the host's first rank, or raise its ConfigError.
 
@@ -41,7 +46,7 @@ def share_on_host(name: str, make: Callable[[], T]) -> T:
     place = _next_place(name)
     if place is None:
         return make()
-    if not _is_first_on_host():
+    if not is_first_on_host():
         found = _wait_for(place)
         if isinstance(found, ConfigError):
             raise found
@@ -62,17 +67,13 @@ def after_first_on_host(name: str, make: Callable[[], T]) -> T:
     place = _next_place(name)
     if place is None:
         return make()
-    if not _is_first_on_host():
+    if not is_first_on_host():
         _wait_for(place)
         return make()
     try:
         return make()
     finally:
         _publish(place, ())
-
-
-def _is_first_on_host() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _next_place(name: str) -> Path | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from ..checkpoint.restore import read_state
 from ..config.lazy import numpy as np
-from ..config.per_host import share_on_host
+from ..config.per_host import is_first_on_host, share_on_host
 from ..config.problems import ConfigError, Problem
 from ..data.batch import IGNORED
 from ..data.node import DataNode
@@ -144,7 +143,7 @@ def evaluate(resolved: ResolvedRun, *, whole: bool = False) -> EvaluationResult:
         raise ConfigError([Problem("data", "it keeps nothing for validation, and there are no named sets", fix)])
     model = build_model(config.model, config.model.vocabulary or data.vocabulary)
     settings = engine_settings(config, model, data.seq_len)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_first_on_host():
         start_compiling(model, config.parallel, settings)
     mesh = Mesh.connect(Layout.plan(config.parallel, resolved.world_size), pick_device(), config.parallel.timeout)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from ..checkpoint.errors import HeldError
 from ..checkpoint.lock import FolderLock
 from ..config.cache import cache_folder
-from ..config.per_host import after_first_on_host, share_on_host
+from ..config.per_host import after_first_on_host, is_first_on_host, share_on_host
 from ..config.problems import ConfigError, Problem
 from ..data.assignment import Assigner
 from ..data.build import build_node
@@ -75,7 +74,7 @@ def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
     heartbeat = join_watch(config)
     # Before connecting: building a large corpus may take longer than the process groups' time-out.
     data, sets = prepared_stages(resolved)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_first_on_host():
         model = build_model(config.model, config.model.vocabulary or data[0].vocabulary)
         start_compiling(model, parallel, engine_settings(config, model, data[0].seq_len))
     heartbeat.beat(Phase.JOIN)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ...config.per_host import is_first_on_host
 from ...parallel.mesh import Mesh
 from ..watch.incidents import Incident, IncidentLog
 from .judge import findings
@@ -78,7 +78,7 @@ class Check:
         self._copy = copy_rate(self.mesh.device, self._sizes)
 
     def _measure_storage(self) -> None:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if is_first_on_host():
             self._write, self._storage = storage_rate(self.folder)
 
     def _measure_links(self, pairs: Sequence[tuple[int, int]]) -> None:

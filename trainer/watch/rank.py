@@ -12,6 +12,7 @@ import time
 import traceback
 from pathlib import Path
 
+from ...config.per_host import is_first_on_host
 from ...parallel.heartbeat import Heartbeat
 from ...parallel.mesh import Mesh
 from ..all_ranks import PeerFailed
@@ -39,7 +40,7 @@ def join_watch(config: RunConfig) -> Heartbeat:
     # The file must stay open as long as the process lives: faulthandler keeps only its number.
     faulthandler.register(STACK_SIGNAL, folder.stack(rank).open("w"), all_threads=True, chain=False)
     control_process(PR_SET_PTRACER, PR_SET_PTRACER_ANY)  # else py-spy, which is no ancestor, may be refused
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_first_on_host():
         about = {
             "output_dir": str(Path(config.output_dir).absolute()),
             "silence": config.launch.silence,
@@ -75,7 +76,7 @@ def introduce(mesh: Mesh, output_dir: Path) -> None:
             rows.append({"rank": rank, "host": host, "pid": int(pid), "device": device})
         with contextlib.suppress(OSError):  # the run's own files tell of a folder that can't be written to
             write_json(output_dir / RANKS, rows)
-    if folder is not None and os.environ.get("LOCAL_RANK", "0") == "0" and mesh.layout.world_size > 1:
+    if folder is not None and is_first_on_host() and mesh.layout.world_size > 1:
         address = store.get(ADDRESS).decode()
         write_json(folder.run, {**(read_json(folder.run) or {}), "address": None if address == "none" else address})
 
