@@ -15,7 +15,7 @@ from ...data.batch import GlobalBatch
 from ...optim.progress import Progress
 from ...parallel.engine import StepLoss
 from ...parallel.mesh import Mesh
-from ..all_ranks import on_main, raise_on_all_ranks
+from ..all_ranks import from_main, on_main
 from ..config import TrainerConfig
 from ..watch.incidents import Incident, IncidentLog
 from .journal import Journal, Rewind
@@ -182,9 +182,7 @@ class StepGuard:
         return len({each.step for each in own if step - 2 * self._limit <= each.step < step})
 
     def _something_is_saved(self) -> bool:
-        return self._mesh.from_main(
-            raise_on_all_ranks(self._mesh, lambda: self._mesh.is_main and holds_checkpoint(self._folder))
-        )
+        return from_main(self._mesh, lambda: holds_checkpoint(self._folder))
 
     def suspect_rewound(self, step: int) -> None:
         """Keep suspecting the step from which the run went back to this one or an earlier."""
