@@ -267,7 +267,6 @@ def _from_first(group: ProcessGroup | None, make: Callable[[], T]) -> T:
     if group is None:
         return make()
     held: list[Any] = [None]
-    fault: CheckpointError | None = None
     if group.rank() == 0:
         try:
             held = [make()]
@@ -276,14 +275,13 @@ def _from_first(group: ProcessGroup | None, make: Callable[[], T]) -> T:
         except Exception as error:  # the others wait for a word
             held = [CheckpointError(f"{type(error).__name__}: {error}")]
     dist.broadcast_object_list(held, dist.get_global_rank(group, 0), group)
-    (found,) = held
+    found = held.pop()
     if not isinstance(found, CheckpointError):
         return found
-    fault = found
     try:
-        raise fault
+        raise found
     finally:
-        del fault, found, held  # or they and this frame would hold each other
+        del found  # or it and this frame would hold each other
 
 
 @dataclass

@@ -11,6 +11,7 @@ import safetensors
 import torch
 import torch.distributed as dist
 
+from meshloom.checkpoint import restore as restoring
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
@@ -149,6 +150,20 @@ def test_other_optimizer_is_refused_if_strict_else_reported(tmp_path: Path) -> N
     reports = together(2, lambda control: restore(tmp_path, new[control.rank], control, strict=False))
     assert reports[1].missing == ["momentum/w"]
     assert reports[1].unused == ["exp_avg/w"]
+
+
+def _refused_in_group(rank: int, world: int, folder: str) -> str:
+    if rank:
+        restoring.open_folder = lambda path: pytest.fail("the first rank opens it for all")
+    control = Control(rank, world, dist.FileStore(f"{folder}/store", world))
+    with pytest.raises(CheckpointError) as error:
+        restore(f"hf:{folder}", [], control, timeout=60, group=dist.group.WORLD)
+    return str(error.value)
+
+
+def test_every_rank_is_told_why_the_first_can_not_open_a_folder(tmp_path: Path) -> None:
+    first, other = run_ranks(2, _refused_in_group, str(tmp_path))
+    assert first == other and "config.json" in first
 
 
 def test_smaller_run_never_silently_drops_state_of_other_ranks(tmp_path: Path) -> None:
