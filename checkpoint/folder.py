@@ -104,7 +104,7 @@ def length_faults(files: Files, manifest: Manifest, file: StoredFile, sizes: Map
 
 @dataclass(frozen=True)
 class StepHead:
-    """What a listing needs of a step's manifest. step: as it says; run, commit: see `Manifest`"""
+    """The members of a step's manifest that a listing needs; for their meaning see `Manifest`."""
 
     step: int
     run: RunIdentity | None
@@ -184,7 +184,9 @@ def _head(files: Files, name: str) -> StepHead | None:
 
 @functools.lru_cache(maxsize=1024)
 def _local_head(step: Path, identity: tuple[int, ...]) -> StepHead:
-    """Return the head of a local step. identity: of its manifest, which is never changed but only replaced
+    """Return the head of a local step, from its manifest or, where that is the same file, from an earlier call.
+
+    identity: device, inode, time of change and size of the manifest, which is never changed but only replaced
 
     A start lists the folder several times. Whoever opens a step reads its manifest again, and checks it.
     """

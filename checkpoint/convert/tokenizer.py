@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Carried:
-    """What an import has of its tokenizer. state: members of the checkpoint's state; files: name → contents, for its folder."""
+    """An import's part of its tokenizer. state: members of the checkpoint's state; files: name → contents, for its folder."""
 
     state: dict[str, Any] = field(default_factory=dict[str, Any])
     files: dict[str, bytes] = field(default_factory=dict[str, bytes])

@@ -1,1 +1,1 @@
-"""What a save writes: how arrays are cut over ranks, who writes which part, and what is agreed on."""
+"""Planning a save: the cuts of arrays over ranks, the part that each rank writes, and the ranks' agreement on it."""

@@ -1,4 +1,4 @@
-"""How far a save has come."""
+"""The phases of a save, and the one that it has reached."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SaveProgress:
 
     @property
     def ended(self) -> bool:
-        """Whether the save has its outcome."""
+        """True once the save has its outcome."""
         return self._phase >= SavePhase.ENDED
 
     def reach(self, phase: SavePhase) -> None:

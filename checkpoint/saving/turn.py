@@ -33,7 +33,7 @@ class Turn:
 
     @property
     def writer_is_free(self) -> bool:
-        """Whether no earlier save needs the writer."""
+        """True while no earlier save needs the writer."""
         return all(turn._progress.phase >= SavePhase.WRITTEN for turn in self._earlier() if turn._disk)
 
     def wait_for_writer(self) -> None:

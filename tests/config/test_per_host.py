@@ -1,4 +1,4 @@
-"""What one rank of a host does for all of them, with real ranks."""
+"""One rank of a host works for all of them: with real ranks."""
 
 from __future__ import annotations
 

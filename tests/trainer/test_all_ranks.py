@@ -1,4 +1,4 @@
-"""What rank 0 does for all: its result or its exception comes to every rank, also where it can't be pickled."""
+"""Rank 0 acts for all: its result or its exception comes to every rank, also where it can't be pickled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ranks of a host ask of a shared file system when a run goes on: counted, as Python's audit events tell."""
+"""The files that ranks of a host open or list on a resume: counted, as Python's audit events tell."""
 
 from __future__ import annotations
 

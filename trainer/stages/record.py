@@ -1,4 +1,4 @@
-"""What a run keeps of its stages: where each began, and how much of the data was read. It is all the state that they have."""
+"""The record of a run's stages: where each began, and how much of the data was read. It is all the state that they have."""
 
 from __future__ import annotations
 

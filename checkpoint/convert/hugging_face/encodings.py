@@ -1,4 +1,4 @@
-"""How tensors of the files are stored: as their values, or as codes with scales from which values are computed."""
+"""The encodings of tensors in the files: their values, or codes with scales from which values are computed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ...manifest import StoredArray
 from .quantised import MX_BLOCK, BlockScaled, Microscaled
 
 SCALES = "_scale_inv"
-"""What the name of the scales of fp8 blocks has behind that of their codes."""
+"""Suffix of the name of fp8 blocks' scales, behind the name of their codes."""
 
 MX_CODES, MX_SCALES = "_blocks", "_scales"
-"""What the names of codes and scales of MXFP4 have behind that of their tensor."""
+"""Suffixes of the names of MXFP4's codes and scales, behind the name of their tensor."""
 
 
 class Tensor(Protocol):

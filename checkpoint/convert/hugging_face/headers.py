@@ -1,4 +1,4 @@
-"""Which tensors a folder of safetensors files holds, and at which bytes, told by the files' headers. Imports no torch."""
+"""The tensors in a folder of safetensors files, and their bytes there, as the files' headers say. Imports no torch."""
 
 from __future__ import annotations
 

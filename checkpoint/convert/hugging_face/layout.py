@@ -1,4 +1,4 @@
-"""Where boxes of our weights are in tensors of the files, and the other way round. Imports no torch at run time."""
+"""The places of our weights' boxes in tensors of the files, and the other way round. Imports no torch at run time."""
 
 from __future__ import annotations
 

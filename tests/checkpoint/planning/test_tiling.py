@@ -1,4 +1,4 @@
-"""Which part of the state each rank writes follows from the cuts: every element once, by a rank that holds it, and evenly."""
+"""Ranks write parts that follow from the cuts: every element once, by a rank that holds it, and evenly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step's files say of themselves is held to the manifest before a byte of theirs is used."""
+"""The headers of a step's files are held to the manifest before a byte of theirs is used."""
 
 from __future__ import annotations
 
