@@ -95,6 +95,11 @@ def host_store() -> int:
         return int(pipe.readline())
 
 
+def has_ended(child: int) -> bool:
+    """Return whether a process has ended. Its exit code stays there for `end_of`."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def end_of(children: list[int]) -> int:
     """Wait for processes. Returns how many have failed."""
     return sum(os.waitpid(child, 0)[1] != 0 for child in children)
@@ -127,11 +132,13 @@ def main(argv: list[str]) -> int:
             return None
 
         children = fork(ranks, save, Path(place))
-        while len(list(Path(place).glob("*.in-three"))) < ranks:
-            assert not any(os.waitpid(child, os.WNOHANG)[0] for child in children), "a rank has ended before its last save"
-            time.sleep(0.1)
-        for child in children:
-            os.kill(child, signal.SIGKILL)
+        try:
+            while len(list(Path(place).glob("*.in-three"))) < ranks:
+                assert not any(map(has_ended, children)), "a rank has ended before its last save"
+                time.sleep(0.1)
+        finally:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
         row["killed in a save"] = end_of(children)
         said = [json.loads((Path(place) / f"{rank}.saved").read_text()) for rank in range(ranks)]
         for name in ("open", "save 1", "save 2"):
