@@ -12,13 +12,15 @@ import pytest
 
 from meshloom.checkpoint import faults
 from meshloom.checkpoint.checkpointer import Checkpointer
+from meshloom.checkpoint.config import CheckpointConfig
+from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import steps_newest_first
 from meshloom.checkpoint.memory.keeper import Keeper
 from meshloom.checkpoint.tools import verify
 from meshloom.checkpoint.writing.writer import Request, Writer
 from support.checkpoint_runs import open_run, restored_step
-from support.checkpoint_worlds import Gate, fragments, make_arrays, told_of
+from support.checkpoint_worlds import Gate, fragments, make_arrays, together, told_of
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -135,9 +137,24 @@ def test_a_save_writes_while_the_one_before_it_waits_to_commit(tmp_path: Path) -
     deadline = time.monotonic() + 20
     while not (written := list(tmp_path.glob("step-00000003.tmp-*/rank-00000.leaves"))) and time.monotonic() < deadline:
         time.sleep(0.005)
+    time.sleep(0.1)  # for what must not happen
+    assert slow.visitors == ["checkpoint-1"], "a save goes to its commit before an earlier one has its outcome"
     slow.open.set()
     assert written, "the third waits for the second's commit, which waits for the first's"
     assert [(report.step, report.outcome) for report in run.finish()] == [(step, "committed") for step in (1, 2, 3)]
+
+
+def test_ranks_that_save_different_steps_are_told_and_save_none(tmp_path: Path) -> None:
+    def body(control: Control) -> tuple[str, str]:
+        run = Checkpointer(tmp_path, control, CheckpointConfig(mode="sync", timeout=60.0))
+        run.save(1 + control.rank, fragments(make_arrays(), 2, 0)[control.rank], {}, required=True)
+        (report,) = run.wait()
+        run.close()
+        return report.outcome, report.reason
+
+    for outcome, reason in together(2, body):
+        assert outcome == "failed" and "ranks save different steps at once: 1, 2" in reason
+    assert not steps_newest_first(open_files(tmp_path))
 
 
 def test_the_end_waits_for_what_came_before_a_skipped_save(tmp_path: Path) -> None:

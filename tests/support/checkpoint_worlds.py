@@ -134,9 +134,11 @@ class Gate:
     def __init__(self, boundary: str) -> None:
         self.boundary = boundary
         self.reached, self.open = threading.Event(), threading.Event()
+        self.visitors: list[str] = []  # names of their threads
 
     def __call__(self, boundary: str, amount: int) -> int:
         if boundary == self.boundary:
+            self.visitors.append(threading.current_thread().name)
             self.reached.set()
             assert self.open.wait(60)
         return amount
