@@ -114,25 +114,21 @@ class Tasks:
         """
         evaluator = import_extra("lm_eval.evaluator", "lm_eval", "an evaluation on tasks")
         with_errors = errors and mesh.is_main
-
-        def compute() -> Any:
+        fault: Exception | None = None
+        results: Any = None
+        try:
             with self._prepared(quiet=not with_errors):
-                return evaluator.evaluate(
+                results = evaluator.evaluate(
                     model,
                     self.loaded,
                     limit=self.config.limit,
                     bootstrap_iters=_BOOTSTRAPS if with_errors else 0,
                     log_samples=False,
                 )
-
-        fault: Exception | None = None
-        results: Any = None
-        try:
-            results = compute()
-        except Exception as error:
+        except Exception as error:  # metrics and filters of tasks raise anything
+            if model.failed_together:
+                raise
             fault = error
-        if fault is not None and model.failed_together:
-            raise fault
 
         def outcome() -> list[TaskValue]:
             if fault is not None:

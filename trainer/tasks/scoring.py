@@ -113,9 +113,9 @@ def score(
             tokens, end = requests[number].tokens, at * longest + len(rows[at].tokens)
             places += range(end - len(tokens), end)
             targets += tokens
-        found = _scores_of_tokens(logits_BSV, places, targets)
         sizes = [len(requests[number].tokens) for _, number in scored]
-        for (_, number), (likelihoods_C, likeliest_C) in zip(scored, _split(found, sizes), strict=True):
+        found = (values.split(sizes) for values in _scores_of_tokens(logits_BSV, places, targets))
+        for (_, number), likelihoods_C, likeliest_C in zip(scored, *found, strict=True):
             yield number, Score(float(likelihoods_C.sum()), bool(likeliest_C.all()))
 
 
@@ -128,10 +128,6 @@ def _scores_of_tokens(logits_BSV: torch.Tensor, places: list[int], targets: list
     of_target_C = logits_CV.gather(1, targets_C[:, None])[:, 0]
     likelihoods_C = of_target_C - logits_CV.logsumexp(1)
     return likelihoods_C.double().cpu(), (logits_CV.argmax(1) == targets_C).cpu()
-
-
-def _split(pair: tuple[torch.Tensor, torch.Tensor], sizes: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    yield from zip(pair[0].split(sizes), pair[1].split(sizes), strict=True)
 
 
 def _positions(model: nn.Module) -> int:
