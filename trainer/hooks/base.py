@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config.problems import Problem
+from ...config.words import first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,8 +132,8 @@ def hook_problems(nodes: Sequence[Any]) -> Iterator[Problem]:
             target = get_object(str(node["_target_"]))
         except Exception as error:  # importing a user's module may raise anything
             cause = error.__cause__ or error
-            reason = next(iter(str(cause).splitlines()), type(cause).__name__)
-            yield Problem(key, f"{node['_target_']} can't be imported: {reason}", "is its package installed or on PYTHONPATH?")
+            message = f"{node['_target_']} can't be imported: {first_line(cause)}"
+            yield Problem(key, message, "is its package installed or on PYTHONPATH?")
             continue
         if not callable(target) or (inspect.isclass(target) and not issubclass(target, Hook)):
             yield Problem(key, f"{node['_target_']} is no hook", "derive it from meshloom.trainer.hooks.Hook")

@@ -16,6 +16,7 @@ import numpy as np
 
 from ...config.cache import expand_user
 from ...config.problems import ConfigError, Problem
+from ...config.words import first_line
 from ...data.formats import import_extra
 from ..all_ranks import raise_on_all_ranks
 from .config import TasksConfig
@@ -78,8 +79,8 @@ class Tasks:
                 loaded = manager.load(list(config.names))
         except Exception as error:  # data sets raise anything
             fix = f"is the machine offline? Tasks from local files need no network: {_PAGE}"
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ConfigError([Problem("tasks.names", f"a task can't be loaded: {reason}", fix)]) from error
+            message = f"a task can't be loaded: {first_line(error)}"
+            raise ConfigError([Problem("tasks.names", message, fix)]) from error
         problems = [each for name, task in loaded["tasks"].items() for each in _unsupported(name, task)]
         if problems:
             raise ConfigError(problems)
@@ -101,8 +102,7 @@ class Tasks:
                 fix = "give a longer context, or leave the task out"
                 raise ConfigError([Problem("tasks.names", f"'{name}': {error}", fix)]) from error
             except Exception as error:  # a task's templates and functions raise anything
-                reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-                message = f"questions of '{name}' can't be built: {reason}"
+                message = f"questions of '{name}' can't be built: {first_line(error)}"
                 raise ConfigError([Problem("tasks.names", message, "mend the task, or leave it out")]) from error
 
     def evaluate(self, model: LanguageModel, mesh: Mesh, *, errors: bool = False) -> list[TaskValue]:
