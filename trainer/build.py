@@ -277,8 +277,8 @@ def _build(
         _compare_replicas(hooks, config)
         saving = Saving(checkpointer, config.checkpoint.every, fixed, functools.partial(_stages_state, place, data))
         hooks.append(saving)
+    build = functools.partial(build_model, config.model, vocabulary)
     if config.tasks.names:  # behind the hook that saves: a step that is due for both is saved first
-        build = functools.partial(build_model, config.model, vocabulary)
         hooks.append(_task_evaluation(config, build, data, settings.compute, tokenizer_settings))
     if mesh.is_main:
         if mesh.layout.world_size > 1:
@@ -286,7 +286,6 @@ def _build(
         if MeasureWaiting.can_measure(dealer):
             hooks.append(MeasureWaiting())
         if config.trainer.sample_prompt is not None:
-            build = functools.partial(build_model, config.model, vocabulary)
             hooks += _sample_hooks(config, build, data.tokenizer, saved=saving is not None)
         if shape is not None and mixtures:
             hooks += [WarnOfCollapse(shape.experts), ExpertMap(mixtures, output_dir / "experts")]
