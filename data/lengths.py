@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..config.lazy import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class LengthClass:
     tokens: int
 
 
-def length_histogram(lengths: Sequence[int]) -> list[LengthClass]:
+def length_histogram(lengths: Sequence[int] | NDArray[np.int64]) -> list[LengthClass]:
     """Count documents and their tokens by powers of two, from the class of the shortest to that of the longest."""
     if not len(lengths):
         return []
@@ -32,14 +36,14 @@ def length_histogram(lengths: Sequence[int]) -> list[LengthClass]:
     return [LengthClass(1 << at, int(documents[at]), round(float(tokens[at]))) for at in range(first, len(documents))]
 
 
-def token_median(lengths: Sequence[int]) -> int:
+def token_median(lengths: Sequence[int] | NDArray[np.int64]) -> int:
     """Return the length of the document that the median token is in: half of all tokens lie in documents as long or longer."""
     n = np.sort(np.asarray(lengths, np.int64))
     sums = np.cumsum(n)
     return int(n[np.searchsorted(sums, sums[-1] / 2)])
 
 
-def describe_lengths(lengths: Sequence[int]) -> str:
+def describe_lengths(lengths: Sequence[int] | NDArray[np.int64]) -> str:
     """Say in one line how long documents are."""
     n = np.asarray(lengths, np.int64)
     return (

@@ -10,7 +10,6 @@ from .mixture import Mixture
 from .node import DataNode
 from .packing import BestFit, Concatenated
 from .split import is_near
-from .validation import validation_parts
 
 TOLD_PADDING = 0.01  # less goes without saying
 
@@ -42,25 +41,31 @@ class SourceSize:
         return self.held_tokens / (self.tokens + self.held_tokens)
 
 
-def source_sizes(node: DataNode, name: str = "", weight: float = 1.0) -> Iterator[SourceSize]:
-    """Yield the size of a prepared node, of a mixture that of each source; nothing where there are no documents."""
+def packed_sources(node: DataNode, name: str = "", weight: float = 1.0) -> Iterator[tuple[str, float, Packed]]:
+    """Yield name, weight and node of each source of a mixture, or of the node itself; nothing where there are no documents."""
     if isinstance(node, Mixture):
         total = sum(node.weights.values())
         for part, source in node.nodes.items():
-            yield from source_sizes(source, f"{name}.{part}" if name else part, weight * node.weights[part] / total)
+            yield from packed_sources(source, f"{name}.{part}" if name else part, weight * node.weights[part] / total)
     elif isinstance(node, Packed):
-        train, held = node.shards, node.validation_shards
+        yield name, weight, node
+
+
+def source_sizes(node: DataNode) -> Iterator[SourceSize]:
+    """Yield the size of each source of a prepared node; nothing where there are no documents."""
+    for name, weight, source in packed_sources(node):
+        train, held, samples = source.shards, source.validation_shards, source.validation()
         yield SourceSize(
             name,
             weight,
             train.tokens,
             train.documents,
-            len(node.stored),
+            len(source.stored),
             0 if held is None else held.tokens,
             0 if held is None else held.documents,
-            sum(len(part.samples) for part in validation_parts(node)),
-            node.asked_share if isinstance(node, Corpus) else None,
-            node.stored.padding if isinstance(node.stored, Concatenated | BestFit) else 0.0,
+            0 if samples is None else len(samples),
+            source.asked_share if isinstance(source, Corpus) else None,
+            source.stored.padding if isinstance(source.stored, Concatenated | BestFit) else 0.0,
         )
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from .run_data import RunData, prepared_run, run_view, view_parser, whole_number
 
 if TYPE_CHECKING:
-    from ..data.node import DataNode
     from ..trainer.resolve import ResolvedRun
 
 _BAR = 32  # characters of the longest bar
@@ -55,18 +54,18 @@ class Read:
 def data_statistics(data: RunData, samples: int) -> dict[str, Any]:
     """Return the numbers of a run's data, as plain values. samples: how many of their first ones are read."""
     from ..data.lengths import describe_lengths, length_histogram
-    from ..data.summary import source_sizes
+    from ..data.summary import packed_sources, source_sizes
 
     config, planned = data.run.config, planned_samples(data.run)
-    lengths = dict(document_lengths(data.node))
+    nodes = {name: node for name, _, node in packed_sources(data.node)}
     sources: dict[str, Any] = {}
     for size in source_sizes(data.node):
         source = asdict(size)
         source["epochs"] = None if planned is None else size.weight * planned / size.samples
-        if (found := lengths.get(size.name)) is not None:
-            source["lengths"] = describe_lengths(found)
-            source["histogram"] = [asdict(each) for each in length_histogram(found)]
-            source["longer"] = int((found > config.data.seq_len).sum())
+        lengths = nodes[size.name].shards.document_lengths()
+        source["lengths"] = describe_lengths(lengths)
+        source["histogram"] = [asdict(each) for each in length_histogram(lengths)]
+        source["longer"] = int((lengths > config.data.seq_len).sum())
         sources[size.name or "data"] = source
     return {
         "data": data.title,
@@ -91,21 +90,9 @@ def planned_samples(run: ResolvedRun) -> int | None:
     return int(length.value) * config.batch.start if config.batch.name == "fixed" else None
 
 
-def document_lengths(node: DataNode, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the name of each source with the lengths of its training documents; nothing where there are no documents."""
-    from ..data.corpus import Packed
-    from ..data.mixture import Mixture
-
-    if isinstance(node, Mixture):
-        for part, source in node.nodes.items():
-            yield from document_lengths(source, f"{name}.{part}" if name else part)
-    elif isinstance(node, Packed):
-        yield name, node.shards.document_lengths()
-
-
 def read_samples(data: RunData, count: int) -> Read:
     """Read the first samples of a run's data, and count what they consist of."""
-    from ..data.batch import document_lengths as of_sample
+    from ..data.batch import document_lengths
     from ..data.sample_text import learned_positions, padding_of
 
     samples, tokenizer = data.train(), data.node.tokenizer
@@ -115,7 +102,7 @@ def read_samples(data: RunData, count: int) -> Read:
     for number in range(data.first_sample, data.first_sample + count):
         sample = samples[number]
         empty = padding_of(sample, end)
-        documents += len(of_sample(samples, number))
+        documents += len(document_lengths(samples, number))
         learned += int(learned_positions(sample).sum())
         padding += empty
         used += len(sample.tokens) - empty
@@ -154,9 +141,8 @@ def statistics_lines(found: Mapping[str, Any]) -> Iterator[str]:
         f" positions carry loss, {read['padding']:.1%} are padding{text}"
     )
     for name, size in found["sources"].items():
-        if "lengths" in size:
-            yield f"{name}: {size['lengths']}; {size['longer']:,} are longer than a sample"
-            yield from histogram_lines(size["histogram"])
+        yield f"{name}: {size['lengths']}; {size['longer']:,} are longer than a sample"
+        yield from histogram_lines(size["histogram"])
 
 
 def histogram_lines(classes: Sequence[Mapping[str, int]]) -> Iterator[str]:
