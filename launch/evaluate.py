@@ -12,10 +12,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..config.compose import quoted
 from ..config.per_host import share_on_host
@@ -143,11 +143,13 @@ def resolve_evaluation(arguments: EvaluateArguments) -> ResolvedRun:
     from ..trainer.machine import process_problems
     from ..trainer.machine_gpus import machine_here
     from ..trainer.resolve import ResolveOptions, resolve
+    from ..trainer.resumed_config import saved_islands
 
     checkpoint = find_checkpoint(arguments.checkpoint, "checkpoint")
+    state = checkpoint_manifest(checkpoint).state
     typed = [word.lstrip("+~").partition("=")[0] for word in arguments.words]
     chosen = any(key == "data" or key.startswith("data.") for key in typed)
-    no_data = not chosen and "recipe" not in typed and is_import(checkpoint_manifest(checkpoint).state)
+    no_data = not chosen and "recipe" not in typed and is_import(state)
     if no_data and not arguments.tasks:
         message = f"'{checkpoint}' was imported, and does not say what to evaluate it on"
         raise ConfigError([Problem("data", message, "type data=… with its keys, or recipe=…")])
@@ -162,15 +164,9 @@ def resolve_evaluation(arguments: EvaluateArguments) -> ResolvedRun:
         tokenizer=tokenizer_beside(checkpoint) if chosen else None,
     )
     words = [*arguments.words, f"resume={quoted(str(checkpoint))}"]
-    if trained_on_islands(checkpoint_manifest(checkpoint).state):
+    if saved_islands(state) != 1:
         words.append("optim.local.islands=1")  # a checkpoint's weights are those that its islands agreed on
     return resolve(words, options, arguments.config_dir)
-
-
-def trained_on_islands(state: Mapping[str, Any]) -> bool:
-    """Return whether a checkpoint's run had several islands (`optim.local`)."""
-    local = ((state.get("config") or {}).get("optim") or {}).get("local") or {}
-    return local.get("islands", 1) != 1
 
 
 def _evaluate_here(resolved: ResolvedRun, arguments: EvaluateArguments) -> int:

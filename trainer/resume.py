@@ -27,6 +27,7 @@ from .guard.journal import read_journal
 from .hooks.base import hooks_by_name
 from .identity import Origin, is_own
 from .loop import Loop
+from .resumed_config import saved_islands
 from .schema import RunConfig
 from .stages.record import Place, StageRecord
 
@@ -54,7 +55,7 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
             log.warning("optim: the state of %s is left out, and that of %s begins anew", *change)
     else:
         loop.engine.prepare_restore()
-        islands = stated["config"]["optim"].get("local", {}).get("islands", 1)
+        islands = saved_islands(stated)
         fragments = [of_first_island(fragment, islands) for fragment in loop.engine.fragments()]
         report = _restore(loop.mesh, checkpoint, fragments, run.place, strict=config.checkpoint.strict)
         _refuse_other_weights(loop.mesh, checkpoint, report)

@@ -65,6 +65,12 @@ def saved_config(state: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def saved_islands(state: Mapping[str, Any]) -> int:
+    """Return how many islands (`optim.local`) a checkpoint's run had; 1 for an import, and for runs that knew none."""
+    optim = (state.get("config") or {}).get("optim") or {}
+    return (optim.get("local") or {}).get("islands", 1)
+
+
 def saved_choices(
     saved: Mapping[str, Any],
     recorded: Mapping[str, str],
