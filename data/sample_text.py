@@ -53,10 +53,10 @@ def sample_spans(sample: Sample, tokenizer: Tokenizer | None) -> list[Span]:
     learned = learned_positions(sample)[:used]
     documents = np.zeros(used, np.int64) if sample.documents is None else sample.documents[:used]
     changes = np.flatnonzero((np.diff(learned.astype(np.int8)) != 0) | (np.diff(documents) != 0)) + 1
-    borders = [0, *changes.tolist(), used]
+    borders, tokens = [0, *changes.tolist(), used], sample.tokens.tolist()
     return [
         Span(
-            _text(sample.tokens, _begin(documents, start), start, stop, tokenizer),
+            _text(tokens, _begin(documents, start), start, stop, tokenizer),
             start,
             stop,
             int(documents[start]),
@@ -71,11 +71,11 @@ def _begin(documents: NDArray[np.int64], position: int) -> int:
     return int(np.searchsorted(documents, documents[position]))
 
 
-def _text(tokens: NDArray[np.int64], begin: int, start: int, stop: int, tokenizer: Tokenizer | None) -> str:
+def _text(tokens: Sequence[int], begin: int, start: int, stop: int, tokenizer: Tokenizer | None) -> str:
     """Return the text of tokens [start, stop) of a document that begins at `begin`."""
     if tokenizer is None:
-        return " ".join(map(str, tokens[start:stop].tolist()))
-    return "".join(_pieces(tokens.tolist(), begin, start, stop, tokenizer))
+        return " ".join(map(str, tokens[start:stop]))
+    return "".join(_pieces(tokens, begin, start, stop, tokenizer))
 
 
 def _pieces(tokens: Sequence[int], begin: int, start: int, stop: int, tokenizer: Tokenizer) -> Iterator[str]:
