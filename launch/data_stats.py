@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .run_data import RunData, prepared_run, run_view, view_parser, whole_number
+from .table import aligned
 
 if TYPE_CHECKING:
     from ..trainer.resolve import ResolvedRun
@@ -129,8 +130,7 @@ def statistics_lines(found: Mapping[str, Any]) -> Iterator[str]:
         counts = [f"{size[key]:,}" for key in ("tokens", "documents", "samples")]
         rows.append([name, f"{size['weight']:.3g}", *counts, f"{size['padding']:.1%}", f"{size['held_tokens']:,}", epochs])
     if len(rows) > 1:
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        yield from ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+        yield from aligned(rows)
     read = found["read"]
     text = "" if read["bytes_per_token"] is None else f", {read['bytes_per_token']:.2f} bytes a token"
     samples = f"{read['samples']:,} samples"

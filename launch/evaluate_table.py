@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from .table import aligned
 
 if TYPE_CHECKING:
     from ..trainer.evaluate import EvaluationResult
@@ -22,7 +23,8 @@ def loss_table(result: EvaluationResult) -> str:
     if len(result.sources) > 1:
         whole = result.as_json()
         rows.append(["mean", "", "", "", *(_number(whole[name]) for name in ("loss", "perplexity", "bits_per_byte"))])
-    return _laid_out(f"{result.checkpoint}: step {result.step}, {result.precision}, {result.layout}", rows)
+    head = f"{result.checkpoint}: step {result.step}, {result.precision}, {result.layout}"
+    return "\n".join([head, *aligned(rows)])
 
 
 def task_table(result: TasksResult) -> str:
@@ -36,14 +38,7 @@ def task_table(result: TasksResult) -> str:
         rows.append([each.task, each.version, *counts, metric, arrow, _number(each.value), error])
     processes = "one process" if result.processes == 1 else f"{result.processes} processes"
     about = f"step {result.step}, {result.precision}, context of {result.context:,} tokens, {processes}"
-    return _laid_out(f"{result.checkpoint}: {about}", rows)
-
-
-def _laid_out(head: str, rows: Sequence[Sequence[str]]) -> str:
-    """Return a line above columns, of which the first is flush left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-    return "\n".join([head, *lines])
+    return "\n".join([f"{result.checkpoint}: {about}", *aligned(rows)])
 
 
 def _number(value: float | None) -> str:
