@@ -275,6 +275,7 @@ def test_examples_are_the_same_each_time(folder: Path, monkeypatch: pytest.Monke
         (["tasks=choice", "context=0"], "context: '0' is no number of tokens"),
         (["tasks=choice"], "does not say how far its model looks back"),
         (["tasks=choice", "context=48", "tasks.limit=0"], "tasks.limit: 0 leaves no question"),
+        (["tasks=choice", "context=48", 'tasks.folder="~nosuch/tasks"'], "tasks.folder: there is no folder '~nosuch/tasks'"),
         (["tasks=choice", "context=48", "--output=gone/found.json"], "--output: 'gone/found.json' can't be written"),
     ],
 )

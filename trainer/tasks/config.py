@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
+from ...config.cache import expand_user
 from ...config.duration import Duration
 from ...config.keys import Side, key
 from ...config.problems import Problem
@@ -39,7 +39,7 @@ class TasksConfig:
             found.append(Problem(f"{key}.few_shot", f"{self.few_shot} is no number of examples", "use 0 or more, or null"))
         if self.limit is not None and self.limit < 1:
             found.append(Problem(f"{key}.limit", f"{self.limit} leaves no question", "use 1 or more, or null for all"))
-        if self.names and self.folder is not None and not Path(self.folder).expanduser().is_dir():
+        if self.names and self.folder is not None and not expand_user(self.folder).is_dir():
             fix = "give the folder with the tasks' YAML files, or null"
             found.append(Problem(f"{key}.folder", f"there is no folder '{self.folder}'", fix))
         if self.every is not None:
