@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -84,6 +85,8 @@ class RemoteShards:
         if not _is_whole(folder / unchecked, entry):
             (folder / unchecked).unlink()
             raise ShardError(f"{self.url}/{entry.name}: damaged (it is not what {MANIFEST} lists); upload the data set again")
+        with (folder / unchecked).open("rb") as file:
+            os.fsync(file.fileno())  # the folder that it moves into counts as complete once it is renamed
         (folder / unchecked).rename(folder / entry.name)
 
     def _copy(self, name: str, folder: Path, to: str | None = None) -> None:

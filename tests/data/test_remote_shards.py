@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections import Counter
@@ -41,7 +42,9 @@ def node(path: str, cache: Path, **keys: str) -> Tokenized:
     return made
 
 
-def test_samples_are_those_of_the_folder(tmp_path: Path, store: str) -> None:
+def test_samples_are_those_of_the_folder(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = set[int](), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.fstat(file).st_ino), fsync(file)))
     here, there = node(str(tmp_path / "shards"), tmp_path / "cache"), node(store, tmp_path / "cache")
     assert there.fingerprint == here.fingerprint
     for number in range(50):
@@ -50,6 +53,7 @@ def test_samples_are_those_of_the_folder(tmp_path: Path, store: str) -> None:
     assert named.fingerprint == here.fingerprint
     fetched = sorted((tmp_path / "cache/fetched").iterdir())
     assert len(fetched) == 2, "training and validation shards are copied once"
+    assert all(file.stat().st_ino in synced for folder in fetched for file in folder.iterdir()), "whole after a power cut, too"
 
 
 def test_shards_that_changed_are_copied_again(tmp_path: Path, store: str) -> None:
