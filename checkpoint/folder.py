@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +110,10 @@ class StepHead:
     commit: int
 
 
+_FileIdentity = tuple[int, ...]  # device, inode, time of change and size; (): there is no such file
+_heads_read: dict[Path, dict[str, tuple[_FileIdentity, StepHead]]] = {}  # of each local folder, by the step's name
+
+
 @dataclass(frozen=True)
 class StepListing:
     """The finished steps of a folder of checkpoints.
@@ -148,7 +151,8 @@ def list_steps(files: Files) -> StepListing:
     Steps of other runs are left out. Imports count as long as the run has saved nothing itself. A step whose manifest can't be
     read counts, so that whoever opens it is told.
     """
-    heads = {name: _head(files, name) for name in files.names() if step_of(name) is not None and _is_finished(files, name)}
+    finished = [name for name in files.names() if step_of(name) is not None and _is_finished(files, name)]
+    heads = _local_heads(files, finished) if isinstance(files, LocalFiles) else {name: _head(files, name) for name in finished}
     run = _owner(files, heads)
     own = _steps_of(run, heads)
     last = max((head.commit for head in own.values() if head is not None), default=0)
@@ -172,25 +176,38 @@ def read_owner(files: Files) -> RunIdentity | None:
         return None
 
 
+def _local_heads(files: LocalFiles, names: Sequence[str]) -> dict[str, StepHead | None]:
+    """Return the head of each of these steps of a local folder.
+
+    A start lists the folder several times, so heads are kept: a manifest is never changed but only replaced, and is read again
+    only if it is another file. Whoever opens a step reads its manifest again, and checks it.
+    """
+    known = _heads_read.get(files.path, {})
+    heads: dict[str, StepHead | None] = {}
+    read: dict[str, tuple[_FileIdentity, StepHead]] = {}
+    for name in names:
+        identity = _identity(files.path / name / MANIFEST)
+        kept_for, kept = known.get(name, (None, None))
+        head = heads[name] = kept if kept_for == identity else _head(files, name)
+        if head is not None:
+            read[name] = identity, head
+    _heads_read[files.path] = read  # steps that are gone leave nothing behind
+    return heads
+
+
+def _identity(manifest: Path) -> _FileIdentity:
+    try:
+        found = manifest.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
 def _head(files: Files, name: str) -> StepHead | None:
     try:
-        if isinstance(files, LocalFiles):
-            found = (files.path / name / MANIFEST).stat()
-            return _local_head(files.path / name, (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size))
         return _read_head(files.child(name))
     except (CheckpointError, OSError):
         return None
-
-
-@functools.lru_cache(maxsize=1024)
-def _local_head(step: Path, identity: tuple[int, ...]) -> StepHead:
-    """Return the head of a local step, from its manifest or, where that is the same file, from an earlier call.
-
-    identity: device, inode, time of change and size of the manifest, which is never changed but only replaced
-
-    A start lists the folder several times. Whoever opens a step reads its manifest again, and checks it.
-    """
-    return _read_head(LocalFiles(step))
 
 
 def _read_head(files: Files) -> StepHead:

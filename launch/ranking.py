@@ -29,11 +29,14 @@ def compared_losses(runs: Sequence[Standing]) -> list[float | None]:
 
 
 def ranked(runs: Sequence[Standing]) -> list[int]:
-    """Return the numbers of the runs, the best first: finished ones, unfinished ones, those without a loss."""
+    """Return the numbers of the runs, the best first.
+
+    Finished runs come before unfinished ones, then those without the loss that is compared, and last those without any loss.
+    """
     losses = compared_losses(runs)
 
-    def place(at: int) -> tuple[bool, bool, float]:
-        loss = losses[at]
-        return loss is None, not runs[at].finished, 0.0 if loss is None else loss
+    def place(at: int) -> tuple[bool, bool, bool, float]:
+        loss, run = losses[at], runs[at]
+        return loss is None, loss is None and run.training is None, not run.finished, 0.0 if loss is None else loss
 
     return sorted(range(len(runs)), key=place)

@@ -27,7 +27,10 @@ def test_a_fixed_key_of_the_swept_options_reaches_every_job(tmp_path: Path, monk
 
 
 def test_a_run_that_diverged_comes_last(tmp_path: Path) -> None:
-    """A number that is not finite is not written: what is left of such a run may look best. One that went on is as others."""
+    """A number that is not finite is not written: what is left of such a run may look best. One that went on is as others.
+
+    "young" has not been evaluated, as the others have: a training loss is not compared with theirs.
+    """
     step = '"tokens_per_second": 1.0'
     written = {
         "diverged": [
@@ -43,8 +46,8 @@ def test_a_run_that_diverged_comes_last(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert rows(tmp_path) == [
-        "young  step 3  loss 1.5",
         "recovered  step 12,345  eval_loss 2",
         "good  step 12,345  loss 2.5  eval_loss 2.25",
+        "young  step 3  loss 1.5",
         "diverged  step 12,340  loss nan  eval_loss 1",
     ]
