@@ -32,4 +32,4 @@ def test_the_table_of_a_sweep_ranks_as_the_report_does(tmp_path: Path) -> None:
     for name, found in written.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in found))
-    assert [row.split()[0] for row in rows(tmp_path)] == ["c_good", "a_diverged", "b_unvalidated"]
+    assert [row.split()[0] for row in rows(tmp_path)] == ["c_good", "b_unvalidated", "a_diverged"]
