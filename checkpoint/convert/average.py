@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from ...parallel.box import Box
-from ..compose import Source, compose
 from ..dtypes import TORCH_DTYPES, as_tensor
 from ..errors import CheckpointError
 from ..files import Files
@@ -23,6 +22,7 @@ from ..folder import open_step
 from ..manifest import Manifest
 from ..reading.compare import parts
 from ..reading.reader import Reader
+from .compose import Source, compose
 from .inherited import inherit_tokenizer
 
 GROUPS = ("model", "data")

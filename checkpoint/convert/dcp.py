@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from ...config.names import name_fault
-from ..compose import Source, compose
 from ..errors import CheckpointError
+from .compose import Source, compose
 from .pickles import load_index
 from .tokenizer import carry_tokenizer
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from ..compose import Source, compose
 from ..errors import CheckpointError
 from ..manifest import state_fault
+from .compose import Source, compose
 from .deepspeed_export import STATE
 from .pickles import load_mapped
 from .tokenizer import carry_tokenizer

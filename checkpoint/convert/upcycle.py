@@ -19,7 +19,6 @@ from ...models.init import Normal, fill
 from ...models.mixture.config import ExpertsConfig
 from ...models.protocol import Model
 from ...parallel.box import Box
-from ..compose import Source, compose
 from ..dtypes import TORCH_DTYPES, as_tensor
 from ..errors import CheckpointError
 from ..files import Files
@@ -27,6 +26,7 @@ from ..folder import open_step
 from ..manifest import Manifest, StoredArray
 from ..reading.compare import parts, read_array
 from ..reading.reader import Reader
+from .compose import Source, compose
 from .inherited import inherit_tokenizer
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from meshloom.checkpoint.checkpointer import Checkpointer
-from meshloom.checkpoint.compose import Source, compose
 from meshloom.checkpoint.control import Control
+from meshloom.checkpoint.convert.compose import Source, compose
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import find_latest, list_steps, steps_newest_first

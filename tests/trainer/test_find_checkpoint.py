@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from meshloom.checkpoint.compose import compose
+from meshloom.checkpoint.convert.compose import compose
 from meshloom.config.problems import ConfigError
 from meshloom.trainer.find_checkpoint import checkpoint_to_resume
 

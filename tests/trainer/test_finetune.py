@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from meshloom.checkpoint.checkpointer import Checkpointer
-from meshloom.checkpoint.compose import Source, compose
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
+from meshloom.checkpoint.convert.compose import Source, compose
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import open_step
 from meshloom.checkpoint.reading.compare import read_array

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from ...compose import Source, compose
 from ...dtypes import TORCH_DTYPES
 from ...reading.compare import parts
+from ..compose import Source, compose
 from .folder import open_folder
 from .reading import check_head, read_box
 

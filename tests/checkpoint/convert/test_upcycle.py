@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from meshloom.checkpoint.compose import Source, compose
+from meshloom.checkpoint.convert.compose import Source, compose
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
 from meshloom.checkpoint.reading.compare import read_array

@@ -1,4 +1,4 @@
-"""Make a checkpoint out of arrays that come from elsewhere, one at a time: for imports and in-memory recovery."""
+"""Make a checkpoint out of arrays that come from elsewhere, one at a time: all imports end here."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from ..parallel.box import Box
-from .digest import LEAF_BYTES, leaf_digests, seal
-from .dtypes import bytes_of, in_panels, name_of
-from .errors import CheckpointError
-from .files import is_remote, open_files
-from .folder import list_steps, step_name
-from .manifest import Manifest, StoredFile, data_file_names, state_fault
-from .planning.description import Declaration, Description
-from .planning.plan import SavePlan, lay_out
-from .saving.commit import new_token, open_target
-from .writing.disk import sync_folder, write_small
+from ...parallel.box import Box
+from ..digest import LEAF_BYTES, leaf_digests, seal
+from ..dtypes import bytes_of, in_panels, name_of
+from ..errors import CheckpointError
+from ..files import is_remote, open_files
+from ..folder import list_steps, step_name
+from ..manifest import Manifest, StoredFile, data_file_names, state_fault
+from ..planning.description import Declaration, Description
+from ..planning.plan import SavePlan, lay_out
+from ..saving.commit import new_token, open_target
+from ..writing.disk import sync_folder, write_small
 
 
 @dataclass(frozen=True)
