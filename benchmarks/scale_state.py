@@ -93,10 +93,7 @@ def layouts(model: str, ranks: int) -> dict[str, Layout]:
 def _cut(box: Box, dim: int, count: int, index: int) -> Box:
     piece = -(-box.shape[dim] // count)
     start = min(index * piece, box.shape[dim])
-    offsets, shape = list(box.offsets), list(box.shape)
-    offsets[dim] += start
-    shape[dim] = min(piece, box.shape[dim] - start)
-    return Box(tuple(offsets), tuple(shape))
+    return box.cut(dim, start, min(piece, box.shape[dim] - start))
 
 
 def stage_of(tensor: Tensor, layers: int, layout: Layout) -> int:

@@ -51,10 +51,9 @@ class StoredBox:
             yield self
             return
         width, size = self.box.shape[-1] // self.panels, (self.stop - self.start) // self.panels
-        shape = (*self.box.shape[:-1], width)
         for index in range(self.panels):
-            box = Box((*self.box.offsets[:-1], self.box.offsets[-1] + index * width), shape)
-            yield StoredBox(box, self.file, self.start + index * size, self.start + (index + 1) * size)
+            start = self.start + index * size
+            yield StoredBox(self.box.cut(-1, index * width, width), self.file, start, start + size)
 
 
 def entry_shape(box: Box, panels: int) -> tuple[int, ...]:

@@ -43,6 +43,12 @@ class Box:
             return None
         return Box(offsets, tuple(end - offset for offset, end in zip(offsets, ends, strict=True)))
 
+    def cut(self, dim: int, start: int, length: int) -> Box:
+        """Return the part of this box from its index `start` on along one dim, so long there."""
+        offsets, shape = list(self.offsets), list(self.shape)
+        offsets[dim], shape[dim] = offsets[dim] + start, length
+        return Box(tuple(offsets), tuple(shape))
+
     def shifted(self, by: tuple[int, ...]) -> Box:
         """Return the box moved by this many indices along each dim."""
         return Box(tuple(offset + step for offset, step in zip(self.offsets, by, strict=True)), self.shape)

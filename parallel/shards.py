@@ -100,11 +100,8 @@ class Placed:
         """Cut a dim of the box over the ranks along an axis of a mesh, and return the place of this rank's part."""
         num_shards = mesh.size(axis)
         start, length = chunk(self.box.shape[dim], num_shards, mesh.get_local_rank(axis))
-        offsets, extent = list(self.box.offsets), list(self.box.shape)
-        offsets[dim] += start
-        extent[dim] = length
         cuts = (*self.cuts, Cut(mesh.get_group(axis), dim, self.box.shape[dim]))
-        return replace(self, box=Box(tuple(offsets), tuple(extent)), copies=self.copies // num_shards, cuts=cuts)
+        return replace(self, box=self.box.cut(dim, start, length), copies=self.copies // num_shards, cuts=cuts)
 
 
 class MeshShards:

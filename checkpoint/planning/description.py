@@ -23,7 +23,7 @@ from ...parallel.fragment import Fragment
 from ..dtypes import name_of
 from ..errors import CheckpointError
 from ..manifest import ITEM_BYTES
-from .columns import Integers, pack, unpack
+from .columns import Integers, columns_of, pack, pack_boxes, unpack, unpack_boxes
 
 
 @dataclass(frozen=True)
@@ -122,18 +122,19 @@ class Description:
         for key in sorted(first):
             held = first[key].shape, tuple(sorted(set(boxes[key])))
             entries.append(_entry(first[key], cuts.setdefault(held, len(cuts))))
-        return cls(encode_entries(entries), tuple(_table(held, rank) for _, held in cuts))
+        tables = (Holdings(np.full(len(held), rank, np.int64), *columns_of(held)) for _, held in cuts)
+        return cls(encode_entries(entries), tuple(tables))
 
     def encode(self) -> bytes:
         """Encode as a message."""
         ranks = [table.ranks for table in self.holdings]
-        columns = [column.T.reshape(-1) for table in self.holdings for column in (table.offsets, table.shapes)]
+        boxes = [(table.offsets, table.shapes) for table in self.holdings]
         content = {
             "entries": self.text,
             "rows": [len(each) for each in ranks],
-            "dims": [table.offsets.shape[1] for table in self.holdings],
+            "dims": [offsets.shape[1] for offsets, _ in boxes],
             "ranks": pack(np.concatenate(ranks)) if ranks else "",
-            "boxes": pack(np.concatenate(columns)) if columns else "",
+            "boxes": pack_boxes(boxes) if boxes else "",
         }
         return json.dumps(content, separators=(",", ":")).encode()
 
@@ -143,15 +144,9 @@ class Description:
         content: dict[str, Any] = json.loads(message)
         if not content["rows"]:
             return cls(content["entries"], ())
-        ranks, boxes = unpack(content["ranks"]), unpack(content["boxes"])
-        tables: list[Holdings] = []
-        row = at = 0
-        for rows, dims in zip(content["rows"], content["dims"], strict=True):
-            size = rows * dims
-            offsets, shapes = (boxes[start : start + size].reshape(dims, rows).T for start in (at, at + size))
-            tables.append(Holdings(ranks[row : row + rows], offsets, shapes))
-            row, at = row + rows, at + 2 * size
-        return cls(content["entries"], tuple(tables))
+        ranks = np.split(unpack(content["ranks"]), np.cumsum(content["rows"])[:-1])
+        boxes = unpack_boxes(content["boxes"], content["rows"], content["dims"])
+        return cls(content["entries"], tuple(Holdings(held, *table) for held, table in zip(ranks, boxes, strict=True)))
 
 
 def join(descriptions: Sequence[Description]) -> Description:
@@ -194,14 +189,6 @@ def _decoded(text: str) -> tuple[Entry, ...]:
 def _stack(tables: Sequence[Holdings]) -> Holdings:
     columns = ([getattr(table, name) for table in tables] for name in ("ranks", "offsets", "shapes"))
     return Holdings(*(np.concatenate(column) for column in columns))
-
-
-def _table(boxes: Sequence[Box], rank: int) -> Holdings:
-    dims = len(boxes[0].shape)
-    columns = ([getattr(box, name) for box in boxes] for name in ("offsets", "shape"))
-    return Holdings(
-        np.full(len(boxes), rank, np.int64), *(np.array(each, np.int64).reshape(len(boxes), dims) for each in columns)
-    )
 
 
 def _entry(of: Declaration | Entry, cut: int) -> Entry:

@@ -96,13 +96,6 @@ def panels_for(box: Box, item_bytes: int) -> int:
     return panels if columns // panels * item_bytes >= PANEL_ROW_BYTES else 1
 
 
-def _part(box: Box, dim: int, at: int, length: int) -> Box:
-    offsets, shape = list(box.offsets), list(box.shape)
-    offsets[dim] += at
-    shape[dim] = length
-    return Box(tuple(offsets), tuple(shape))
-
-
 @dataclass(frozen=True)
 class PlacedPiece:
     """A piece and its bytes `[start, stop)` in the rank's file."""
@@ -155,7 +148,7 @@ def _copies_of(piece: PlacedPiece) -> Iterator[Copy]:
     together = min(piece.panels, max(1, COPY_BYTES // panel_bytes))
     for first in range(0, piece.panels, together):
         count = min(together, piece.panels - first)
-        box = _part(piece.box, len(piece.box.shape) - 1, first * width, count * width)
+        box = piece.box.cut(-1, first * width, count * width)
         start = piece.start + first * panel_bytes
         yield Copy(piece.source, piece.dtype, box, count, start, start + count * panel_bytes)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ...parallel.box import Box
-from .columns import Integers, pack, unpack
+from .columns import Integers, columns_of, pack, pack_boxes, unpack, unpack_boxes
 from .coverage import describe, overlaps, tiling_fault
 
 DEAL_BYTES = 2**20
@@ -150,20 +150,14 @@ class Tiling:
         for number, (low, high) in enumerate(zip(np.searchsorted(edges, begin), np.searchsorted(edges, end), strict=True)):
             for span in range(int(low), int(high)):
                 owners[span].append(self.owners[self.starts[number] : self.starts[number + 1]])
-        offsets, extents = self.offsets[0].tolist(), self.shapes[0].tolist()
-        boxes: list[Box] = []
-        for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-            offsets[dim], extents[dim] = low, high - low
-            boxes.append(Box(tuple(offsets), tuple(extents)))
+        begins = (edges[:-1] - begin[0]).tolist()
+        spans = [self.region(0).cut(dim, *span) for span in zip(begins, np.diff(edges).tolist(), strict=True)]
         held = [number for number, each in enumerate(owners) if each]
-        return _assemble([boxes[number] for number in held], [np.unique(np.concatenate(owners[number])) for number in held])
+        return _assemble([spans[number] for number in held], [np.unique(np.concatenate(owners[number])) for number in held])
 
 
 def _assemble(boxes: Sequence[Box], owners: Sequence[Integers]) -> Tiling:
-    dims = len(boxes[0].shape)
-    columns = ([getattr(box, name) for box in boxes] for name in ("offsets", "shape"))
-    offsets, shapes = (np.array(column, np.int64).reshape(len(boxes), dims) for column in columns)
-    return Tiling(offsets, shapes, np.cumsum([0, *map(len, owners)]), np.concatenate(owners))
+    return Tiling(*columns_of(boxes), np.cumsum([0, *map(len, owners)]), np.concatenate(owners))
 
 
 def _is_nested(shape: Sequence[int], offsets: Integers, shapes: Integers) -> bool:
@@ -201,9 +195,7 @@ def cut_part(region: Box, index: int, count: int) -> Box:
         return region
     dim = next(dim for dim, extent in enumerate(region.shape) if extent > 1)
     low, high = (region.shape[dim] * at // count for at in (index, index + 1))
-    offsets, shape = list(region.offsets), list(region.shape)
-    offsets[dim], shape[dim] = offsets[dim] + low, high - low
-    return Box(tuple(offsets), tuple(shape))
+    return region.cut(dim, low, high - low)
 
 
 def written_part(region: Box, count: int, copies: int, copy: int, turn: int) -> Box | None:
@@ -240,12 +232,11 @@ def deal_turns(arrays: Sequence[tuple[Tiling, int]]) -> list[int]:
 
 def encode_tilings(tilings: Sequence[Tiling]) -> dict[str, object]:
     """Tilings as plain JSON (docs/checkpoint.md)."""
-    columns = [column.T.reshape(-1) for tiling in tilings for column in (tiling.offsets, tiling.shapes)]
     return {
         "least": [tiling.least for tiling in tilings],
         "regions": [len(tiling) for tiling in tilings],
         "dims": [tiling.offsets.shape[1] for tiling in tilings],
-        "boxes": pack(np.concatenate(columns)) if tilings else "",
+        "boxes": pack_boxes([(tiling.offsets, tiling.shapes) for tiling in tilings]) if tilings else "",
         "copies": pack(np.concatenate([np.diff(tiling.starts) for tiling in tilings])) if tilings else "",
         "owners": pack(np.concatenate([tiling.owners for tiling in tilings])) if tilings else "",
     }
@@ -257,13 +248,11 @@ def decode_tilings(content: dict[str, object]) -> list[Tiling]:
     if not counts:
         return []
     assert isinstance(counts, list) and isinstance(dims, list) and isinstance(parts, list)
-    boxes, copies, owners = (unpack(str(content[name])) for name in ("boxes", "copies", "owners"))
+    copies, owners = (unpack(str(content[name])) for name in ("copies", "owners"))
     tilings: list[Tiling] = []
-    row = at = owner = 0
-    for count, width, least in zip(counts, dims, parts, strict=True):
-        size = count * width
-        offsets, shapes = (boxes[start : start + size].reshape(width, count).T for start in (at, at + size))
-        starts = np.concatenate([[0], np.cumsum(copies[row : row + count])])
+    row = owner = 0
+    for (offsets, shapes), least in zip(unpack_boxes(str(content["boxes"]), counts, dims), parts, strict=True):
+        starts = np.concatenate([[0], np.cumsum(copies[row : row + len(offsets)])])
         tilings.append(Tiling(offsets, shapes, starts, owners[owner : owner + int(starts[-1])], least))
-        row, at, owner = row + count, at + 2 * size, owner + int(starts[-1])
+        row, owner = row + len(offsets), owner + int(starts[-1])
     return tilings

@@ -329,10 +329,7 @@ def _split(array: StoredArray, stored: StoredBox, part: Box, target: Raw, origin
     if dim is not None and stop - start > BATCH_BYTES // 2:
         step = max(1, part.shape[dim] * (BATCH_BYTES // 2) // (stop - start))
         for at in range(0, part.shape[dim], step):
-            offsets, shape = list(part.offsets), list(part.shape)
-            offsets[dim] += at
-            shape[dim] = min(step, part.shape[dim] - at)
-            yield from _split(array, stored, Box(tuple(offsets), tuple(shape)), target, origin)
+            yield from _split(array, stored, part.cut(dim, at, min(step, part.shape[dim] - at)), target, origin)
         return
     run_bytes = array.item_bytes
     dims = len(part.shape)
