@@ -11,15 +11,16 @@ from .heartbeat import OWN_WORK, Heartbeat, Phase
 
 Span = tuple[torch.cuda.Event, torch.cuda.Event]
 """Two events between which time passes."""
+PASSES = (Phase.FORWARD, Phase.BACKWARD)
 
 
 class ComputeTime:
     """Measures the own work of a rank's steps: loading data, forward and backward of its share, on a CPU also the update.
 
     On a GPU two events enclose the passes on the device. The host reads them later, when they have passed, and never waits.
-    Waiting for gradients that are summed during the backward pass is left out (`waiting`). What a pass waits for other ranks
-    in another way is in it: under ZeRO-2 and 3, tensor, context, expert and pipeline parallelism all ranks of a group show the
-    time of the slowest.
+    Waiting for weights that are gathered and gradients that are summed within the passes is left out (`waiting`). What a pass
+    waits for other ranks in another way is in it: under tensor, context, expert and pipeline parallelism, and under DeepSpeed's
+    ZeRO-2 and 3, all ranks of a group show the time of the slowest.
     """
 
     def __init__(self, device: torch.device, heartbeat: Heartbeat) -> None:
@@ -44,11 +45,17 @@ class ComputeTime:
 
     @contextlib.contextmanager
     def waiting(self) -> Generator[None]:
-        """Leave out what is done within a `with` block in the passes of a step: waiting for other ranks."""
-        heartbeat, within = self._heartbeat, self._begun is not None
+        """Leave out what is done within a `with` block in the passes of a step: waiting for other ranks. Blocks may be nested.
+
+        Elsewhere, as in an evaluation, nothing is left out.
+        """
+        heartbeat = self._heartbeat
         phase, micro_batch = heartbeat.phase, heartbeat.micro_batch
+        if phase not in PASSES:
+            yield
+            return
         heartbeat.beat(Phase.EXCHANGE, micro_batch)
-        begun = _mark() if within else None
+        begun = None if self._begun is None else _mark()
         yield
         if begun is not None:
             self._waits.append((begun, _mark()))

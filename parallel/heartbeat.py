@@ -68,6 +68,7 @@ class Beat:
     pid          of the rank
     steps_done   steps that it has completed since it was started
     usual        phase → median of its recent durations, in seconds; a phase that has not ended twice is absent
+    longest      phase → longest of its recent durations; of SAVE those that were told by `learn`; absent: none is known
     step_usual   the same of steps; None: fewer than two
     """
 
@@ -79,6 +80,7 @@ class Beat:
     pid: int
     steps_done: int
     usual: dict[Phase, float]
+    longest: dict[Phase, float]
     step_usual: float | None
 
 
@@ -108,7 +110,8 @@ class Heartbeat:
         now = time.monotonic()
         before, seconds = self._phase, now - self._since
         self.totals[before] += seconds
-        self._keep(before, seconds)
+        if before is not Phase.SAVE:  # a save that goes on in the background takes longer than its phase
+            self._keep(before, seconds)
         self._phase, self._micro_batch, self._since = phase, micro_batch, now
         self._write()
 
@@ -120,6 +123,10 @@ class Heartbeat:
             self._keep(len(Phase), now - self._step_since)
         self._step, self._step_since = step, now
         self.beat(Phase.DATA)
+
+    def learn(self, phase: Phase, seconds: float) -> None:
+        """Take in how long a phase may take that does not show it by itself: a whole save."""
+        self._keep(phase, seconds)
 
     @property
     def step(self) -> int:
@@ -162,5 +169,6 @@ def read_beat(path: Path) -> Beat | None:
     rows = struct.unpack_from(f"<{_ROWS * RECENT}d", content, _HEAD.size)
     kept = [[seconds for seconds in rows[at : at + RECENT] if seconds > 0] for at in range(0, len(rows), RECENT)]
     usual = {each: median(kept[each]) for each in Phase if len(kept[each]) > 1}
+    longest = {each: max(kept[each]) for each in Phase if kept[each]}
     of_steps = median(kept[-1]) if len(kept[-1]) > 1 else None
-    return Beat(beats, since, step, Phase(phase), micro_batch, pid, done, usual, of_steps)
+    return Beat(beats, since, step, Phase(phase), micro_batch, pid, done, usual, longest, of_steps)

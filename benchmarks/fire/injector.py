@@ -53,7 +53,7 @@ class Injector(Hook):
         self._armed: list[tuple[int, Fault]] = []  # strike in the next pass of this step
         self._mine: list[tuple[int, Fault]] = []
         self._beat: Callable[..., None] | None = None
-        self._slow = 0
+        self._slow = self._slowed = 0
         self._handles: list[Any] = []
 
     def on_run_begin(self, loop: Loop) -> None:
@@ -69,8 +69,8 @@ class Injector(Hook):
 
         def beat(phase: Phase, micro_batch: int = 0) -> None:
             before(phase, micro_batch)
-            if self._slow and phase is Phase.FORWARD and micro_batch == 1:
-                self._slow -= 1
+            if self._slow and phase is Phase.FORWARD and self._slowed != heartbeat.step:
+                self._slow, self._slowed = self._slow - 1, heartbeat.step
                 time.sleep(self._seconds)
             self._at(phase.word, heartbeat.step)
 

@@ -141,6 +141,7 @@ class HostWatch(threading.Thread):
                 beat.micro_batch,
                 now - max(beat.since, self._resumed),
                 beat.usual.get(beat.phase, 0.0),
+                beat.longest.get(beat.phase, 0.0),
                 beat.step_usual,
                 process_state(beat.pid),
             )

@@ -23,6 +23,10 @@ ENDED_STEPS, ENDED_SECONDS = 10.0, 30.0
 """A run is ended for a rank that still runs when it is silent for so long."""
 LOST_SECONDS = 30.0
 """A host that gives no news is named after 2 usual steps and so many seconds."""
+STORAGE_SECONDS = 120.0
+"""Stands for ENDED_SECONDS in the phases of STORED: a file server may be slow for once."""
+FIRST_SECONDS = 60.0
+"""A rank that saves for the first time is named after so long."""
 UNKNOWN_SECONDS = 10.0
 """Stands for NAMED while no usual time of a step is known: the first steps compile."""
 UNKNOWN_STEP = 1.0
@@ -35,9 +39,13 @@ GONE = ("X", "Z")
 """States of a process that has exited."""
 TOGETHER = {Phase.FORWARD: Phase.EXCHANGE, Phase.BACKWARD: Phase.EXCHANGE, Phase.EXCHANGE: Phase.EXCHANGE}
 """Phases through which a rank goes many times in a step count as one part of it."""
-UNBOUNDED = (Phase.START, Phase.OUTER, Phase.SAVE, Phase.HOOKS, Phase.END)
-"""Phases without a usual time: data are prepared, a slow link carries differences, a hook draws, a checkpoint is written.
+UNBOUNDED = (Phase.START, Phase.OUTER, Phase.HOOKS, Phase.END)
+"""Phases without a usual time: data are prepared, a slow link carries differences, a hook draws.
 Only parallel.timeout bounds them, where a rank waits for one of these; where all ranks are in the same, nothing does."""
+STORED = (Phase.DATA, Phase.SAVE)
+"""Phases that wait for storage. If all ranks are in the same one and can't be told apart, storage is at fault and no rank."""
+VARYING = (*STORED, Phase.EVALUATION)
+"""Phases of which one is not as long as the other: the longest of the recent ones counts, not the median."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class RankState:
     host        where it runs, with its pid; 0: it has not begun yet
     age         seconds since its last beat
     usual       median seconds of its phase (0: not known), and of a step (None: not known)
+    longest     longest of its phase's recent times, in seconds (0: not known)
     state       Linux's letter for its process; "": its host does not answer
     stack       innermost Python frames, one line; "": not taken
     collective  whether that stack is in a collective; None: not known
@@ -61,6 +70,7 @@ class RankState:
     micro_batch: int
     age: float
     usual: float = 0.0
+    longest: float = 0.0
     step_usual: float | None = None
     state: str = "S"
     stack: str = ""
@@ -71,6 +81,11 @@ class RankState:
     def stopped(self) -> bool:
         """True for a process that can't go on by itself."""
         return self.state in (STOPPED, "")
+
+    @property
+    def learned(self) -> float:
+        """The seconds that its phase may take as far as is known; 0: nothing is."""
+        return 0.0 if self.phase in UNBOUNDED else self.longest if self.phase in VARYING else self.usual
 
     @property
     def where(self) -> str:
@@ -87,7 +102,7 @@ class RankState:
             return NAMED_STEPS * (self.step_usual or UNKNOWN_STEP) + STOPPED_SECONDS
         if self.step_usual is None:
             return UNKNOWN_SECONDS
-        return NAMED_STEPS * max(self.step_usual, self.usual) + NAMED_SECONDS
+        return NAMED_STEPS * max(self.step_usual, self.learned or self.usual) + NAMED_SECONDS
 
     def ended_after(self, limit: float | None, timeout: float) -> float:
         """Return the seconds of silence after which the run is ended for this rank.
@@ -96,14 +111,13 @@ class RankState:
         """
         if self.state == STOPPED:
             return self.named_after if limit is None else max(limit, self.named_after)
-        unknown = self.step_usual is None or not self.usual or self.phase in UNBOUNDED or self.compiles
-        if unknown or self.state == STORAGE:
+        if self.step_usual is None or not self.learned or self.compiles or self.state == STORAGE:
             return timeout if limit is None else max(limit, timeout)
-        if limit is not None:
-            return limit
-        if self.step_usual is None or self.phase is Phase.DATA:  # a file server, or a cold cache, may take minutes
-            return timeout
-        return min(timeout, ENDED_STEPS * max(self.step_usual, self.usual) + ENDED_SECONDS)
+        seconds = STORAGE_SECONDS if self.phase in STORED else ENDED_SECONDS
+        learned = min(timeout, ENDED_STEPS * max(self.step_usual, self.learned) + seconds)
+        if limit is None:
+            return learned
+        return max(limit, learned) if self.phase is Phase.SAVE else limit
 
 
 @dataclass(frozen=True)
@@ -142,10 +156,12 @@ def judge(ranks: Sequence[RankState], limit: float | None = None, timeout: float
     blamed = stopped or lost or blame(live)
     if not any(each.age > _named_after(each, timeout) for each in blamed):
         return None
-    if not stopped and len({each.phase for each in live}) == 1 and blamed[0].phase in UNBOUNDED:
-        return None  # all prepare, or save: nobody waits for another
+    if not stopped and len({each.phase for each in live}) == 1 and _nobody_waits(blamed, live):
+        return None
     # Where no rank is stopped, the most patient limit of all holds: who is to blame is not certain.
     limits = [each.ended_after(limit, timeout) for each in stopped or live]
+    if blamed == live and live[0].phase in STORED:
+        limits.append(timeout if limit is None else limit)
     after = min(limits) if stopped else max(limits)
     waiting = [each for each in live if each not in blamed]
     return Silence(blamed, waiting, any(each.age > after for each in blamed), after)
@@ -161,9 +177,16 @@ def with_missing(ranks: Sequence[RankState], world_size: int) -> list[RankState]
 
 def _named_after(state: RankState, timeout: float) -> float:
     """Return the seconds after which a rank is named: in a phase without a usual time, half of what bounds it."""
-    if state.stopped or state.phase not in UNBOUNDED:
+    if state.stopped or state.phase not in (*UNBOUNDED, Phase.SAVE) or state.learned:
         return state.named_after
-    return max(state.named_after, timeout / 2)
+    return max(state.named_after, min(FIRST_SECONDS, timeout / 2) if state.phase is Phase.SAVE else timeout / 2)
+
+
+def _nobody_waits(blamed: Sequence[RankState], live: Sequence[RankState]) -> bool:
+    """Return whether ranks that are in the same phase all prepare, or write: nobody waits for another."""
+    if blamed[0].phase is Phase.SAVE:  # all alike: their storage may be slow. Else some wait in an agreement about the save.
+        return len(blamed) == len(live)
+    return blamed[0].phase in UNBOUNDED
 
 
 def blame(ranks: Sequence[RankState]) -> list[RankState]:

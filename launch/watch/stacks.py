@@ -7,6 +7,7 @@ A rank writes its own stack when it gets `STACK_SIGNAL`. A stopped process can't
 from __future__ import annotations
 
 import contextlib
+import itertools
 import linecache
 import os
 import re
@@ -27,6 +28,10 @@ _COMPILER = re.compile(r"torch/_dynamo/|torch/_inductor/|/triton/|cutlass|cpp_ex
 _WAITS = re.compile(
     r"\bwait\w*\(|\.item\(\)|\.tolist\(\)|synchronize\(|all_reduce|all_gather|all_to_all|broadcast|barrier|recv\("
 )
+_COLLECTIVES = ("torch/distributed/distributed_c10d.py", "torch/distributed/_functional_collectives.py")
+_SAVING = f"{Path(__file__).parents[2] / 'checkpoint'}{os.sep}"
+_AGREEMENT = "_await_key"
+"""The function of checkpoint/control.py in which the ranks of a save wait for one another."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Stack:
     """The innermost Python frames of a process's main thread.
 
     told        "file:line name < …": the innermost frame, then those outside of PyTorch, and by what they were read
-    collective  whether it waits in a collective, or for the device
+    collective  whether it waits in a collective, for the device, or within a save for other ranks
     compiles    whether a compiler is at work in any thread: autograd's own compiles the backward pass
     """
 
@@ -97,7 +102,7 @@ def parse_own(text: str) -> Stack | None:
         return None
     number = heads.index("Current thread") if "Current thread" in heads else len(heads) - 1
     frames = [(m["file"], int(m["line"]), m["name"] or "?") for m in _OWN.finditer(parts[number + 1])]
-    return _stack(frames, "", _compiles(text))
+    return _stack(frames, "", text)
 
 
 def parse_py_spy(text: str) -> Stack | None:
@@ -105,7 +110,7 @@ def parse_py_spy(text: str) -> Stack | None:
     threads = re.split(r"^Thread ", text, flags=re.MULTILINE)[1:]
     main = next((thread for thread in threads if "MainThread" in thread.partition("\n")[0]), threads[0] if threads else "")
     frames = [(m["file"], int(m["line"]), m["name"]) for line in main.splitlines() if (m := _PY_SPY.match(line))]
-    return _stack(frames, " (py-spy)", _compiles(text))
+    return _stack(frames, " (py-spy)", text)
 
 
 def _compiles(text: str) -> bool:
@@ -113,11 +118,18 @@ def _compiles(text: str) -> bool:
     return any(_COMPILER.search(line) and "subproc_pool.py" not in line for line in text.splitlines())
 
 
-def _stack(frames: list[tuple[str, int, str]], source: str, compiles: bool) -> Stack | None:
+def _stack(frames: list[tuple[str, int, str]], source: str, text: str) -> Stack | None:
+    """Judge the frames of the main thread, innermost first. text: of all threads."""
     if not frames:
         return None
     own = [frame for frame in frames[1:] if "/torch/" not in frame[0] and "/multiprocessing/" not in frame[0]]
     told = " < ".join(f"{Path(file).name}:{line} {name}" for file, line, name in [frames[0], *own[: FRAMES - 1]])
     file, line, _ = frames[0]
     waits = "torch/distributed/" in file or bool(_WAITS.search(linecache.getline(file, line)))
-    return Stack(told + source, waits, compiles)
+    within = itertools.takewhile(
+        lambda frame: "/torch/" in frame[0], frames
+    )  # tensor parallelism waits in an operator of torch
+    waits |= any(frame[0].endswith(_COLLECTIVES) for frame in within)
+    saves = any(frame[0].startswith(_SAVING) for frame in frames)  # a save in the background waits in a thread of its own
+    waits |= saves and any(_AGREEMENT in row and "control.py" in row for row in text.splitlines())
+    return Stack(told + source, waits, _compiles(text))

@@ -73,11 +73,16 @@ class _GatherBuffer(torch.Tensor):
             return sent, whole
 
 
-def fsdp_parameters(module: FSDPModule) -> Iterator[Any]:
-    """Yield FSDP2's records of the weights that it gathers with a module. PyTorch 2.11 and 2.13 name them differently."""
+def fsdp_groups(module: FSDPModule) -> list[Any]:
+    """Return FSDP2's records of what it gathers with a module. PyTorch 2.11 and 2.13 name them differently."""
     state: Any = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-    return (parameter for group in groups if group is not None for parameter in group.fsdp_params)
+    return [group for group in groups if group is not None]
+
+
+def fsdp_parameters(module: FSDPModule) -> Iterator[Any]:
+    """Yield FSDP2's records of the weights that it gathers with a module."""
+    return (parameter for group in fsdp_groups(module) for parameter in group.fsdp_params)
 
 
 def set_gather_dtype(module: FSDPModule, num_shards: int, dtype: torch.dtype) -> None:

@@ -28,6 +28,7 @@ from ..config import ParallelConfig
 from ..mesh import Mesh
 from ..shards import Placed, local, own_part, placements_of
 from .fsdp_gather import Gather, can_set_gather_dtype, set_gather_dtype
+from .fsdp_waiting import enclose_waiting
 from .groups import ParameterGroup, gather_units, split_by_group
 from .strategy import LocalWeight, WeightStrategy
 from .transport import Transport
@@ -91,6 +92,7 @@ class FullyShardedWeights(WeightStrategy):
         super().__init__()
         self._group, self._groups = group, groups
         self._zero = mesh.layout.zero
+        self._waiting = mesh.compute_time.waiting
         self._pipelined = parallel.pp > 1
         self._stages: list[Model] = []
         self._units: list[FSDPModule] = []
@@ -150,6 +152,7 @@ class FullyShardedWeights(WeightStrategy):
     def _tell(self, unit: FSDPModule) -> None:
         """Tell FSDP2 how this unit communicates."""
         self._units.append(unit)
+        enclose_waiting(unit, self._waiting)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
         if self._cast_to is not None:

@@ -42,6 +42,21 @@ def test_phases_and_durations_are_read_from_outside(tmp_path: Path, monkeypatch:
     assert sum(heartbeat.totals[phase] for phase in OWN_WORK) == pytest.approx(22.5)
 
 
+def test_how_long_a_save_takes_is_told_and_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    heartbeat = Heartbeat(tmp_path / "beat")
+    for seconds in (3.0, 5.0, 4.0):
+        heartbeat.beat(Phase.DATA)
+        clock.now += seconds
+        heartbeat.beat(Phase.SAVE)
+        clock.now += 0.1
+    beat = read_beat(tmp_path / "beat")
+    assert beat is not None and beat.longest[Phase.DATA] == 5.0 and Phase.SAVE not in beat.longest
+    heartbeat.learn(Phase.SAVE, 60.0)
+    beat = read_beat(tmp_path / "beat")
+    assert beat is not None and beat.longest[Phase.SAVE] == 60.0
+
+
 def heartbeat_count(steps: int) -> int:
     return 1 + 4 * steps + 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from ...optim.progress import Progress
 from ...parallel.heartbeat import Phase
 from ..all_ranks import raise_on_all_ranks
 from ..loop import Loop
+from ..watch.incidents import Incident, IncidentLog
+from ..watch.rank import find_rank
 from .base import Hook, hooks_by_name
 
 
@@ -58,6 +61,7 @@ class Saving(Hook):
         self._of_data = of_data
         self._saved_step = self._finite_step = -1
         self._prepared = False
+        self._incidents: IncidentLog | None = None
         self._absent: dict[str, Any] = {}
         self._held: dict[int, dict[str, Any]] = {}  # step → state of a save that waits for the step's numbers
 
@@ -133,12 +137,31 @@ class Saving(Hook):
         loop.mesh.heartbeat.beat(Phase.HOOKS)
 
     def _report(self, loop: Loop, reports: list[SaveReport]) -> None:
+        if reports and self._incidents is not None:
+            self._incidents.retry()
         for report in reports:
             if report.outcome == "committed":
                 self._saved_step = report.step
+                loop.mesh.heartbeat.learn(Phase.SAVE, report.total_seconds)
+            elif report.outcome == "failed":
+                self._note_failure(loop, report)
             row = {"checkpoint_step": report.step, "checkpoint_saved": report.outcome == "committed", **report.metrics()}
             for hook in loop.hooks:
                 hook.on_checkpoint(loop, row)
+
+    def _note_failure(self, loop: Loop, report: SaveReport) -> None:
+        """Keep a failed save in the run's incidents: rank 0 does, with the rank that the reason begins with."""
+        if not loop.mesh.is_main:
+            return
+        if self._incidents is None:
+            self._incidents = IncidentLog(loop.output_dir)
+        named = re.match(r"rank (\d+): ", report.reason)
+        rank = int(named[1]) if named else None
+        host, pid = (None, None) if rank is None else find_rank(loop.output_dir, rank)
+        message, details = f"saving step {report.step} failed: {report.reason}", {"reason": report.reason}
+        self._incidents.write(
+            Incident("save_failed", message, report.step, rank, host, pid, phase=Phase.SAVE.word, details=details)
+        )
 
     def wait(self, loop: Loop) -> None:
         """Wait for saves that are under way, so that a run that can't continue leaves its newest checkpoint."""

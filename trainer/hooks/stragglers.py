@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from ..loop import Loop
 from ..watch.incidents import Incident, IncidentLog
-from ..watch.rank import RANKS
+from ..watch.rank import find_rank
 from .base import Hook
 
 log = logging.getLogger(__name__)
@@ -69,11 +68,7 @@ class NameStragglers(Hook):
                     self._name(loop, rank, float(typical[rank]), usual, step)
 
     def _name(self, loop: Loop, rank: int, own: float, usual: float, step: float) -> None:
-        try:
-            known: Any = {row["rank"]: row for row in json.loads((loop.output_dir / RANKS).read_text())}
-        except (OSError, ValueError):
-            known = {}
-        host, pid = (known[rank]["host"], known[rank]["pid"]) if rank in known else (None, None)
+        host, pid = find_rank(loop.output_dir, rank)
         where = f" ({host}, pid {pid})" if host else ""
         message = (
             f"rank {rank}{where} is slow: its own work takes {own:.3g} s of each step of {step:.3g} s, and {usual:.3g} s is"

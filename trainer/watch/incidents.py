@@ -8,6 +8,7 @@ The file is kept over restarts and resumes; another run that takes the folder ov
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -56,22 +57,38 @@ class Incident:
 
 
 class IncidentLog:
-    """Appends incidents to a run's file. A fault of the disk is warned of once, and never ends the run."""
+    """Appends incidents to a run's file. A fault of the disk is warned of once, and never ends the run.
+
+    What could not be written is kept for the next `write` or `retry`: the disk that fails may be the incident.
+    """
 
     def __init__(self, output_dir: Path) -> None:
         self.path = output_dir / INCIDENTS
         self._warned = False
+        self._unwritten = b""
 
     def write(self, incident: Incident) -> None:
         """Append an incident. One system call writes the whole line, so that lines of several processes don't mix."""
         line = json.dumps(asdict(incident), allow_nan=True, default=str) + "\n"
+        self._append(self._unwritten + line.encode())
+
+    def retry(self) -> None:
+        """Write what could not be written before."""
+        if self._unwritten:
+            self._append(self._unwritten)
+
+    def _append(self, lines: bytes) -> None:
+        self._unwritten = b"\n" + lines.lstrip(b"\n")  # behind a line that a full disk has torn
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                os.write(descriptor, line.encode())
+                written = os.write(descriptor, lines)
             finally:
                 os.close(descriptor)
+            if written < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._unwritten = b""
         except OSError as error:
             if not self._warned:
                 log.warning("%s can't be written to: %s; incidents are only in this log", self.path, error.strerror or error)

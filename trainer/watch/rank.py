@@ -81,6 +81,13 @@ def introduce(mesh: Mesh, output_dir: Path) -> None:
         write_json(folder.run, {**(read_json(folder.run) or {}), "address": None if address == "none" else address})
 
 
+def find_rank(output_dir: Path, rank: int) -> tuple[str | None, int | None]:
+    """Return the host and pid of a rank of the newest attempt, by `ranks.json`; None where it does not say."""
+    rows = read_json(output_dir / RANKS)
+    row = next((each for each in rows if each["rank"] == rank), None) if isinstance(rows, list) else None
+    return (None, None) if row is None else (row["host"], row["pid"])
+
+
 def write_failure(error: BaseException) -> bool:
     """Leave the reason of this rank's failure to its launcher. Return whether there is one that will tell it."""
     folder = AttemptFolder.mine()

@@ -10,9 +10,11 @@ import pytest
 from meshloom.launch.watch.judge import (
     ENDED_SECONDS,
     ENDED_STEPS,
+    FIRST_SECONDS,
     NAMED_SECONDS,
     NAMED_STEPS,
     STOPPED_SECONDS,
+    STORAGE_SECONDS,
     UNKNOWN_SECONDS,
     RankState,
     describe,
@@ -21,7 +23,7 @@ from meshloom.launch.watch.judge import (
 )
 from meshloom.parallel.heartbeat import Phase
 
-USUAL: dict[str, Any] = {"usual": 0.1, "step_usual": 1.0}
+USUAL: dict[str, Any] = {"usual": 0.1, "longest": 0.1, "step_usual": 1.0}
 NAMED = NAMED_STEPS + NAMED_SECONDS
 STOPPED = NAMED_STEPS + STOPPED_SECONDS
 
@@ -74,13 +76,25 @@ def test_where_nothing_tells_all_are_named() -> None:
     ("culprit", "named", "ended"),
     [
         (state(1, Phase.DATA, 0.0, state="T"), STOPPED, STOPPED),
-        (state(1, Phase.SAVE, 0.0, state="T", usual=90.0), STOPPED, STOPPED),
+        (state(1, Phase.SAVE, 0.0, state="T", longest=90.0), STOPPED, STOPPED),
+        (state(1, Phase.SAVE, 0.0), NAMED, ENDED_STEPS + STORAGE_SECONDS),
+        (state(1, Phase.SAVE, 0.0, longest=9.0), 9 * NAMED_STEPS + NAMED_SECONDS, 9 * ENDED_STEPS + STORAGE_SECONDS),
+        (state(1, Phase.SAVE, 0.0, longest=0.0), FIRST_SECONDS, 600.0),
+        (state(1, Phase.EVALUATION, 0.0), NAMED, ENDED_STEPS + ENDED_SECONDS),
+        (state(1, Phase.EVALUATION, 0.0, longest=9.0), 9 * NAMED_STEPS + NAMED_SECONDS, 9 * ENDED_STEPS + ENDED_SECONDS),
+        (state(1, Phase.EVALUATION, 0.0, longest=0.0), NAMED, 600.0),
         (state(1, Phase.FORWARD, 0.0), NAMED, ENDED_STEPS + ENDED_SECONDS),
         (state(1, Phase.FORWARD, 0.0, usual=8.0), 8 * NAMED_STEPS + NAMED_SECONDS, 8 * ENDED_STEPS + ENDED_SECONDS),
         (state(1, Phase.FORWARD, 0.0, usual=0.0), NAMED, 600.0),
         (state(1, Phase.FORWARD, 0.0, compiles=True), NAMED, 600.0),
         (state(1, Phase.FORWARD, 0.0, state="D"), NAMED, 600.0),
-        (state(1, Phase.DATA, 0.0), NAMED, 600.0),
+        (state(1, Phase.DATA, 0.0), NAMED, ENDED_STEPS + STORAGE_SECONDS),
+        (
+            state(1, Phase.DATA, 0.0, usual=0.1, longest=20.0),
+            20 * NAMED_STEPS + NAMED_SECONDS,
+            20 * ENDED_STEPS + STORAGE_SECONDS,
+        ),
+        (state(1, Phase.DATA, 0.0, longest=0.0), NAMED, 600.0),
         (state(1, Phase.DATA, 0.0, step_usual=None), UNKNOWN_SECONDS, 600.0),
         (state(1, Phase.DATA, 0.0, step_usual=None, state="T"), STOPPED, STOPPED),
         (state(1, Phase.DATA, 0.0, step_usual=100.0), 100 * NAMED_STEPS + NAMED_SECONDS, 600.0),
@@ -88,7 +102,7 @@ def test_where_nothing_tells_all_are_named() -> None:
 )
 def test_limits_are_learned(culprit: RankState, named: float, ended: float) -> None:
     def at(age: float) -> bool | None:
-        found = judge([replace(culprit, age=age), state(0, Phase.EXCHANGE, age)])
+        found = judge([replace(culprit, age=age), state(0, Phase.EXCHANGE, age, step=8)])
         return None if found is None else found.ends
 
     assert at(named - 0.1) is None
@@ -101,7 +115,9 @@ def test_a_limit_of_the_users_own_holds() -> None:
     assert [found.ends for limit in (12.0, 13.0) if (found := judge(silent, limit)) is not None] == [True, False]
 
 
-@pytest.mark.parametrize("patient", [{"phase": Phase.SAVE}, {"phase": Phase.HOOKS}, {"compiles": True}, {"usual": 0.0}])
+@pytest.mark.parametrize(
+    "patient", [{"phase": Phase.SAVE, "longest": 0.0}, {"phase": Phase.HOOKS}, {"compiles": True}, {"usual": 0.0}]
+)
 def test_the_users_limit_spares_what_has_no_usual_time(patient: dict[str, Any]) -> None:
     culprit = replace(state(1, Phase.BACKWARD, 500.0), **patient)
     found = judge([culprit, state(0, Phase.EXCHANGE, 500.0, step=8)], 12.0)
@@ -118,8 +134,27 @@ def test_a_slow_hook_is_spared_whoever_is_blamed() -> None:
 
 def test_a_phase_without_a_usual_time_is_named_after_half_of_the_timeout() -> None:
     for age, named in ((299.0, False), (301.0, True)):
-        found = judge([state(0, Phase.SAVE, age), state(1, Phase.EXCHANGE, age, step=8)])
+        found = judge([state(0, Phase.HOOKS, age), state(1, Phase.EXCHANGE, age, step=8)])
         assert (found is not None) is named
+
+
+def test_a_users_limit_does_not_cut_a_save_that_takes_longer() -> None:
+    silent = [state(0, Phase.SAVE, 200.0, longest=30.0), state(1, Phase.EXCHANGE, 200.0, step=8)]
+    assert [found.limit for limit in (12.0, 500.0) if (found := judge(silent, limit)) is not None] == [420.0, 500.0]
+
+
+def test_one_of_those_that_save_is_blamed_if_the_others_wait_for_it() -> None:
+    writes, waits = (state(rank, Phase.SAVE, 200.0, collective=rank == 1) for rank in range(2))
+    found = judge([writes, waits])
+    assert found is not None and found.blamed == [writes] and found.ends
+    assert judge([replace(writes, longest=0.0, age=61.0), replace(waits, age=61.0)]) is not None  # the first save
+
+
+@pytest.mark.parametrize("phase", [Phase.DATA, Phase.SAVE])
+def test_storage_that_is_slow_for_all_ranks_is_no_ranks_fault(phase: Phase) -> None:
+    for age, ends in ((590.0, False), (601.0, True)):
+        found = judge([state(rank, phase, age, collective=False) for rank in range(3)])
+        assert (found is not None and found.ends) is (ends and phase is Phase.DATA)
 
 
 def test_islands_wait_for_a_slow_link_as_long_as_it_takes() -> None:

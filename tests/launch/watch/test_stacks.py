@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from meshloom.launch.watch import stacks
 from meshloom.launch.watch.stacks import parse_own, parse_py_spy, process_state, take_stack
 
 WATCHED = """
@@ -78,6 +79,34 @@ def test_a_line_that_waits_is_a_collective(line: str, waits: bool, tmp_path: Pat
     text = f'Current thread 0x1 (most recent call first):\n  File "{tmp_path}/code.py", line 2 in f\n'
     found = parse_own(text)
     assert found is not None and found.collective is waits
+
+
+SOURCE = Path(stacks.__file__).parents[2]
+WAITS_IN_A_SAVE = f'''Thread 0x2 (most recent call first):
+  File "/usr/lib/threading.py", line 331 in wait
+  File "{SOURCE}/checkpoint/control.py", line 270 in _await_key
+Current thread 0x1 (most recent call first):
+  File "/usr/lib/threading.py", line 1060 in join
+  File "{SOURCE}/checkpoint/saving/save.py", line 200 in join
+  File "{SOURCE}/trainer/hooks/saving.py", line 150 in wait
+'''
+
+
+def test_who_waits_in_a_save_for_other_ranks_is_told_from_who_writes() -> None:
+    for text, waits in ((WAITS_IN_A_SAVE, True), (WAITS_IN_A_SAVE.replace("_await_key", "write"), False)):
+        found = parse_own(text)
+        assert found is not None and found.collective is waits
+    trains = parse_own(WAITS_IN_A_SAVE.replace(f"{SOURCE}/checkpoint/saving/save.py", "/src/step.py"))
+    assert trains is not None and not trains.collective
+
+
+def test_an_operator_of_torch_that_waits_is_a_collective() -> None:
+    """Tensor parallelism waits for its sums so."""
+    frames = ["torch/_ops.py", "torch/distributed/_functional_collectives.py", "meshloom/models/block.py"]
+    lines = [f'  File "/v/{file}", line 1 in f\n' for file in frames]
+    for order, waits in ((lines, True), ([lines[0], lines[2], lines[1]], False)):
+        found = parse_own(f"Current thread 0x1 (most recent call first):\n{''.join(order)}")
+        assert found is not None and found.collective is waits
 
 
 def test_a_compiler_at_work_is_seen() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -15,6 +17,7 @@ from meshloom.trainer.all_ranks import PeerFailed
 from meshloom.trainer.hooks.base import Hook
 from meshloom.trainer.hooks.saving import Saving
 from meshloom.trainer.loop import Loop, TrainingDiverged
+from meshloom.trainer.watch.incidents import read_incidents
 from support.parity import Work, build, take_steps
 from support.ranks import run_ranks
 
@@ -161,6 +164,25 @@ def saved_at_the_end(rank: int, world_size: int, fails: bool) -> tuple[str, str]
     except (CheckpointError, PeerFailed) as error:
         return str(error), calls[-1]
     return "", calls[-1]
+
+
+def noted_failures(rank: int, world_size: int, folder: Path) -> None:
+    """Fail a save on rank 1, of which both ranks hear."""
+
+    class Failing(NotedCalls):
+        def poll(self) -> list[Any]:
+            return [SaveReport(step=1, reason="rank 1: no room")] if self._calls[-1:] == ["prepare"] else []
+
+    os.chdir(folder)  # where the loop of the tests keeps its run
+    work = Work(samples=2)
+    take_steps(build(work, world_size), work, range(2), Saving(cast(Checkpointer, Failing("async", [])), 2, {}))
+
+
+def test_a_failed_save_is_an_incident_once(tmp_path: Path) -> None:
+    run_ranks(2, noted_failures, tmp_path)
+    (incident,) = read_incidents(tmp_path)
+    assert (incident["kind"], incident["rank"], incident["step"], incident["phase"]) == ("save_failed", 1, 1, "save")
+    assert incident["message"] == "saving step 1 failed: rank 1: no room"
 
 
 def test_ranks_decide_together_on_the_last_save() -> None:

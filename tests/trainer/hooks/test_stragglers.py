@@ -62,11 +62,12 @@ def test_rows_have_the_slowest_rank(tmp_path: Path) -> None:
     assert watch(tmp_path, [[0.3]] * 5)[4] == {"step_seconds": 1.0}
 
 
-def test_a_rank_whose_forward_pass_is_slow_is_named(tmp_path: Path) -> None:
-    """The other waits for it in its own backward pass, where gradients are summed."""
+@pytest.mark.parametrize("zero", range(4))
+def test_a_rank_whose_forward_pass_is_slow_is_named(zero: int, tmp_path: Path) -> None:
+    """The other waits for it in its own passes, where gradients are summed and weights gathered."""
     slow = "trainer.hooks=[{_target_: support.run_hooks.Slow, rank: 1, seconds: 0.03}]"
     words = [slow, f"trainer.steps={WINDOW + 4}", "trainer.eval_every=0", "checkpoint.every=0", f"output_dir={tmp_path}"]
-    assert run_ranks(2, body, ["trainer.tokens=null", "parallel.zero=1", *words]) == [0, 0]
+    assert run_ranks(2, body, ["trainer.tokens=null", f"parallel.zero={zero}", *words]) == [0, 0]
     (incident,) = read_incidents(tmp_path)
     pids = {row["rank"]: row["pid"] for row in json.loads((tmp_path / "ranks.json").read_text())}
     assert (incident["kind"], incident["rank"], incident["pid"]) == ("straggler", 1, pids[1])

@@ -49,6 +49,18 @@ def test_a_fault_of_the_disk_is_a_warning(tmp_path: Path, caplog: pytest.LogCapt
     assert list(read_incidents(tmp_path)) == []
 
 
+def test_what_a_full_disk_refused_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = IncidentLog(tmp_path)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, line: write(descriptor, line[:9]))
+    log.write(Incident("save_failed", "one"))
+    monkeypatch.setattr(os, "write", write)
+    log.retry()
+    log.retry()
+    log.write(Incident("save_failed", "two"))
+    assert [each["message"] for each in read_incidents(tmp_path)] == ["one", "two"]
+
+
 def test_another_run_moves_the_file_aside(tmp_path: Path) -> None:
     first, second = RunIdentity.new(None), RunIdentity.new(None)
     take_over_metrics(tmp_path, first)
