@@ -11,6 +11,7 @@ from ..optim.build import build_controller
 from ..optim.optimizers.matrix_config import MatrixOptimConfig
 from ..optim.progress import Progress
 from ..parallel.config import ParallelConfig
+from ..parallel.exchange_levels import describe as describe_exchange
 from ..parallel.hybrid.cost import decoder_flops
 from ..parallel.layout import Layout
 from ..planner.checkpoint_needs import CheckpointNeeds, checkpoint_needs, describe_needs
@@ -18,6 +19,7 @@ from ..planner.cluster import ClusterConfig
 from ..planner.cost import LayoutCost, drawn
 from ..planner.hybrid import DealtStep, dealt_step
 from ..planner.memory import Job
+from ..planner.network import gradient_levels
 from ..planner.offload import OffloadAccount, describe
 from ..planner.parameters import Inventory
 from ..planner.search import KEYS
@@ -182,7 +184,7 @@ def plan_of(
         cost = replace(cost, ranks=ranks, model_flops=cost.model_flops * dealt.filled)
     shares = [rank.experts / rank.elements for rank in cost.ranks]
     needs = checkpoint_needs(config.checkpoint, layout, held, shares)
-    notes += [*describe(away), *describe_needs(needs)]
+    notes += [*describe(away), *describe_needs(needs), *_exchanges(config, layout)]
     notes += [
         "weights, gradients and optimizer state are exact; activations and working memory are estimates, and what CUDA,"
         " NCCL and the allocator take is not in them",
@@ -214,6 +216,15 @@ def time_caveats(config: RunConfig) -> list[str]:
     if not isinstance(config.optim, MatrixOptimConfig):
         return []
     return [f"what optim={config.optim.name} computes and sends for whole matrices was never held to a measured run"]
+
+
+def _exchanges(config: RunConfig, layout: Layout) -> list[str]:
+    """Say how gradients are exchanged, where that goes over several hosts."""
+    if not config.parallel.exchanges_rows or config.launch.most_nodes == 1 or layout.weight_ranks == 1:
+        return []
+    per_host = planned_processes(config.launch) // config.launch.most_nodes
+    levels = gradient_levels(config.parallel, layout, config.precision, per_host)
+    return [f"{describe_exchange(levels)} (parallel.gradient_exchange)"]
 
 
 def _caveats(parallel: ParallelConfig) -> list[str]:

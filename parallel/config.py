@@ -13,6 +13,7 @@ from .deepspeed.settings import DeepSpeedConfig
 ENGINES = ("torch", "deepspeed")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb", "zbv", "dualpipev")
 CONTEXT_KINDS = ("ring", "ulysses")
+GRADIENT_EXCHANGES = ("auto", "direct", "hierarchical")
 HYBRID_KINDS = ("none", "greedy")
 YEAR = 365 * 24 * 3600  # clocks of collectives overflow far beyond it
 
@@ -48,6 +49,11 @@ class ParallelConfig:
     copy_engines: bool = key(
         True, "GPUs of one host send weights and gradients that only move by their copy engines, where NCCL can (torch engine)"
     )
+    gradient_exchange: str = key(
+        "auto",
+        "how ZeRO-1's gradients reach the ranks that update them (torch engine): direct (one all-to-all), hierarchical (a"
+        " host's ranks first sum what goes to other hosts), or auto: by hosts and ranks",
+    )
     timeout: float = key(600.0, "seconds before a collective that waits for a lost rank gives up")
     offload: str = key(
         "none",
@@ -57,6 +63,11 @@ class ParallelConfig:
     offload_weights: str = key("none", "where DeepSpeed's ZeRO-3 keeps the weights' shards between uses: none, cpu or nvme")
     offload_path: str | None = key(None, "folder for nvme: a fast local disk")
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+
+    @property
+    def exchanges_rows(self) -> bool:
+        """True if ranks send each other rows of gradients, and sum them themselves (`torch/exchange.py`)."""
+        return self.engine == "torch" and self.zero == 1 and self.pp == 1 and self.offload == "none"
 
     def problems(self, key: str = "parallel") -> list[Problem]:
         """Return what is wrong with the values; what does not fit the work or the processes, `layout.py` and others say."""
@@ -87,6 +98,12 @@ class ParallelConfig:
         if self.hdp_tokens is not None and self.hdp_tokens < max(1, self.tp):
             message = f"{self.hdp_tokens} tokens are no micro-batch for {key}.tp={self.tp}"
             found.append(Problem(f"{key}.hdp_tokens", message, "use thousands, or null"))
+        if self.gradient_exchange not in GRADIENT_EXCHANGES:
+            fix = f"use {', '.join(GRADIENT_EXCHANGES)}"
+            found.append(Problem(f"{key}.gradient_exchange", f"there is no '{self.gradient_exchange}'", fix))
+        elif self.gradient_exchange != "auto" and not self.exchanges_rows:
+            message = "only the torch engine's ZeRO-1 reads it, without pipelines and offloading"
+            found.append(Problem(f"{key}.gradient_exchange", message, f"leave it auto, or use {key}.zero=1"))
         for name in ("stages_per_rank", "stage_layers"):
             if self.pp == 1 and getattr(self, name) is not None:
                 fix = f"leave it null, or set {key}.pp"

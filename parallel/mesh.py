@@ -6,7 +6,7 @@ import datetime
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -88,6 +88,7 @@ class Mesh:
     compute_time    measures this rank's own work
     before_closing  callbacks to run before the process groups are destroyed
     opened          how often each of its stores was opened
+    parted          groups of some ranks of an axis that have been made, by their ranks
     everyone        all of its processes; None: all of the run's
     inner           the mesh of the island, where there are several
     across          the ranks at this rank's place in all islands, in order; their group is gloo's. None: there is one island
@@ -103,6 +104,7 @@ class Mesh:
     compute_time: ComputeTime = field(init=False)
     before_closing: list[Callable[[], object]] = field(default_factory=list)
     opened: Counter[str] = field(default_factory=Counter[str])
+    parted: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict[tuple[int, ...], dist.ProcessGroup])
     everyone: dist.ProcessGroup | None = None
     inner: Mesh | None = None
     across: dist.ProcessGroup | None = None
@@ -209,6 +211,20 @@ class Mesh:
         group = dist.new_group(ranks, self.limit, "nccl", options, use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup)
         return group
+
+    def part_of(self, axis: DeviceMesh, positions: Sequence[int]) -> dist.ProcessGroup:
+        """Return the group of the ranks at some positions along an axis, this one included. It is made once.
+
+        Only these ranks call it; who is in several of the groups must call it for them in the same order as the others there.
+        """
+        whole = dist.get_process_group_ranks(axis.get_group())
+        ranks = tuple(whole[position] for position in positions)
+        if ranks not in self.parted:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            group = dist.new_group(list(ranks), self.limit, backend, use_local_synchronization=True)
+            assert isinstance(group, dist.ProcessGroup)
+            self.parted[ranks] = group
+        return self.parted[ranks]
 
     def sum(self, values: torch.Tensor, axis: str | None = None) -> torch.Tensor:
         """Sum over an axis (default: all processes), in place. Does nothing on an axis of size 1."""

@@ -11,6 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+from ..config.precision import PRECISIONS
+from ..parallel.config import ParallelConfig
+from ..parallel.exchange_levels import exchange_levels
 from ..parallel.layout import AXES, Layout
 from .cluster import ClusterConfig
 
@@ -93,3 +96,10 @@ def _node_bytes(cluster: ClusterConfig, reach: int) -> float:
     inside = [island.gbit for island, (start, end) in zip(cluster.islands, pairwise(ends), strict=True) if end - start >= reach]
     slowest: float = min([*inside, *([cluster.between] if crosses or not inside else [])])
     return slowest * 1e9 / 8
+
+
+def gradient_levels(parallel: ParallelConfig, layout: Layout, precision: str, per_host: int) -> tuple[int, ...]:
+    """Return the levels in which dense gradients are exchanged under ZeRO-1. per_host: ranks on each host."""
+    hosts = [rank // per_host for rank in range(0, layout.weight_ranks * layout.tp, layout.tp)]
+    widening = PRECISIONS[precision].accum_bytes // PRECISIONS[precision].bytes
+    return exchange_levels(hosts, parallel.gradient_exchange, widening)

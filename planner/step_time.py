@@ -29,7 +29,7 @@ from .hybrid import DealtStep
 from .kernel_time import Kernels
 from .matrix_time import MatrixWork, matrix_parts
 from .memory import Job
-from .network import group, group_of
+from .network import gradient_levels, group, group_of
 from .offload import OffloadAccount
 from .orders import pipeline_order, repeated
 from .parameters import Inventory
@@ -200,7 +200,9 @@ def _outside(
     """
     job, away, cluster = step.job, step.away, step.cluster
     traffic = engine_moved(step.parallel)(rank, step.parallel, step.layout, job)
-    parts = {"copies of weights and gradients": kernels.pointwise(traffic.within)}
+    # Before all levels but the last, rows are sorted by who gets them.
+    sorted_bytes = sum(2 * level.width * level.elements for level in _levels(step, rank)[:-1])
+    parts = {"copies of weights and gradients": kernels.pointwise(traffic.within + sorted_bytes)}
     if step.parallel.engine == "deepspeed":
         exposed, beside = _deepspeed_exchanges(step, traffic.between, forward, backward)
     else:
@@ -279,7 +281,13 @@ def _exchanges(step: Step, rank: RankCost, forward: float, backward: float) -> t
     elif not every:
         sent = _grad(unit, exact, many) * whole
         late = parallel.pp > 1 or step.traits.reduces_late
-        exchange.add("gradient reduction", shards.gather(sent, blocks), sent, 0.0 if late else backward, blocks)
+        seconds = shards.gather(sent, blocks)
+        if levels := _levels(step, rank):
+            groups = [group(step.cluster, level.size, level.stride, layout.world_size) for level in levels]
+            sizes = [level.width * level.elements for level in levels]
+            seconds = sum(each.exchange(size, blocks) for each, size in zip(groups, sizes, strict=True))
+            sent = sum(sizes)
+        exchange.add("gradient reduction", seconds, sent, 0.0 if late else backward, blocks)
         exchange.add("weight gathering", shards.gather(unit * whole, blocks), unit * whole, forward, blocks)
     else:
         times = 2 * many if layout.zero == 3 else 1
@@ -297,6 +305,38 @@ def _exchanges(step: Step, rank: RankCost, forward: float, backward: float) -> t
         window = 0.0 if parallel.pp > 1 else backward
         exchange.add("gradient reduction", copies.all_reduce(own, blocks), 2 * own, window, blocks)
     return exchange.parts, exchange.beside
+
+
+@dataclass(frozen=True)
+class _Level:
+    """A level of the gradient exchange.
+
+    size      ranks that exchange; stride: how far apart they are
+    elements  that each of them has, of `width` bytes
+    """
+
+    size: int
+    stride: int
+    elements: float
+    width: int
+
+
+def _levels(step: Step, rank: RankCost) -> list[_Level]:
+    """Return the levels in which ranks exchange gradients; none where they don't, but reduce-scatter or all-reduce them."""
+    parallel, layout, precision = step.parallel, step.layout, PRECISIONS[step.job.precision]
+    if not (parallel.exchanges_rows and step.traits.exchanges_rows):
+        return []
+    width, elements, stride = (
+        _grad(precision.bytes, precision.accum_bytes, step.job.micro_batches),
+        rank.whole(layout),
+        layout.tp,
+    )
+    found: list[_Level] = []
+    for size in gradient_levels(parallel, layout, step.job.precision, step.cluster.gpus_per_node):
+        found.append(_Level(size, stride, elements, width))
+        # What goes on is a sum, as wide as the masters.
+        width, elements, stride = precision.accum_bytes, elements / size, stride * size
+    return found
 
 
 def _deepspeed_exchanges(

@@ -71,6 +71,7 @@ class MasterWeight:
 class ExchangeUnit:
     """Weights whose gradients are sent together, and which are gathered before the same modules are called.
 
+    groups     those in which gradients are exchanged, one after another
     taken      gradients so far, of the micro-batches since the last exchange
     pending    index of a weight → placements of its gradient that must still be summed over tensor-parallel ranks
     missing    number of gradients that the last micro-batch has not produced yet
@@ -83,6 +84,7 @@ class ExchangeUnit:
     weights: list[MasterWeight]
     axes: WeightAxes
     transport: Transport
+    groups: Sequence[dist.ProcessGroup]
     taken: list[torch.Tensor | None] = field(init=False)
     pending: dict[int, Placements] = field(init=False)
     missing: int = field(init=False)
@@ -148,12 +150,32 @@ class ExchangeUnit:
             for weight, gradient in zip(self.weights, taken, strict=True)
         ]
         if num_shards == 1:
-            self._reduce_copies(torch._chunk_cat(gradients, 0, num_shards))
-        else:
+            self._reduce_copies(torch._chunk_cat(gradients, 0, num_shards)[0].to(self.weights[0].master.dtype))
+            return
+        if len(self.groups) == 1:
             parts, received = self.transport.exchange_buffers((num_shards, self.padded_numel), like)
             torch._chunk_cat(gradients, 0, num_shards, out=parts)
-            work = dist.all_to_all_single(received, parts, group=self.transport.group, async_op=True)
-            self.reducing = received, work, self._reduce_copies
+        else:
+            parts = _sorted_for(self.groups[0], torch._chunk_cat(gradients, 0, num_shards))
+            received = torch.empty_like(parts)
+        self._exchange(parts, received, self.groups)
+
+    def _exchange(self, parts: torch.Tensor, received: torch.Tensor, groups: Sequence[dist.ProcessGroup]) -> None:
+        """Start to send each rank of the first group the rows for it and for the ranks to which it passes their sums on.
+
+        parts, received: (ranks of the group, their rows)
+        """
+        group, *others = groups
+
+        def add_up(arrived: torch.Tensor) -> None:
+            total = sum_rows(arrived.view(group.size(), -1), self.weights[0].master.dtype)
+            if others:
+                rows = _sorted_for(others[0], total.view(-1, self.padded_numel))
+                self._exchange(rows, torch.empty_like(rows), others)
+            else:
+                self._reduce_copies(total)
+
+        self.reducing = received, dist.all_to_all_single(received, parts, group=group, async_op=True), add_up
 
     def advance(self) -> bool:
         """Wait for the pending collective and start the next. Returns whether there is none left."""
@@ -164,10 +186,8 @@ class ExchangeUnit:
             then(arriving)
         return self.reducing is None
 
-    def _reduce_copies(self, parts: torch.Tensor) -> None:
-        """Sum parts (ranks, rows) here, then over the ranks that hold copies of the same rows."""
-        dtype = self.weights[0].master.dtype
-        total = parts[0].to(dtype) if len(parts) == 1 else sum_rows(parts, dtype)
+    def _reduce_copies(self, total: torch.Tensor) -> None:
+        """Sum this rank's rows over the ranks that hold copies of them."""
         if self.axes.num_copies == 1:
             self._deliver(total)
         else:
@@ -210,6 +230,11 @@ class ExchangeUnit:
             for whole, padded in () if obsolete else uneven:
                 whole.copy_(padded[: len(whole)])
         self.gathering = []
+
+
+def _sorted_for(group: dist.ProcessGroup, rows: torch.Tensor) -> torch.Tensor:
+    """Sort rows (ranks, elements) by who of a group gets them: (ranks of the group, rows for others behind each, elements)."""
+    return rows.unflatten(0, (-1, group.size())).transpose(0, 1).contiguous()
 
 
 class GradientReducer:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -43,6 +44,7 @@ class MasterWeights(WeightStrategy):
         groups: Sequence[ParameterGroup],
         mesh: Mesh,
         transport: Transport,
+        exchanged: Sequence[dist.ProcessGroup],
         *,
         compute: torch.dtype,
         accum_dtype: torch.dtype,
@@ -51,11 +53,13 @@ class MasterWeights(WeightStrategy):
     ) -> None:
         """groups: all of the model's; compute: dtype of the whole weights; accum_dtype: of masters and sums of gradients.
 
+        exchanged: groups in which gradients are exchanged, from the innermost outwards
         masters: one of `trainer.masters`; seed: of their rounding
         """
         super().__init__()
         self._group, self._groups = group, groups
         self._mesh, self._axes, self._transport = mesh, mesh.weight_axes[group.name], transport
+        self._exchanged = exchanged
         self._compute, self._accum_dtype = compute, accum_dtype
         self._kind, self._seed = masters, seed
         self._rounded: RoundedMasters | None = None
@@ -76,14 +80,15 @@ class MasterWeights(WeightStrategy):
             for unit in gather_units(stage, self._group, self._groups):
                 if not unit.weights:
                     continue
-                exchanged = ExchangeUnit([self._add(names[w], w) for w in unit.weights], self._axes, self._transport)
-                self.units.append(exchanged)
-                self._transport.reserve(self._axes.num_shards * exchanged.padded_numel)
+                weights = [self._add(names[weight], weight) for weight in unit.weights]
+                sent = ExchangeUnit(weights, self._axes, self._transport, self._exchanged)
+                self.units.append(sent)
+                self._transport.reserve(self._axes.num_shards * sent.padded_numel)
                 for index, parameter in enumerate(unit.weights):
-                    parameter.register_post_accumulate_grad_hook(self._reducer.hook(exchanged, index))
+                    parameter.register_post_accumulate_grad_hook(self._reducer.hook(sent, index))
                 if self._axes.num_shards > 1:
                     for module in unit.readers:
-                        module.register_forward_pre_hook(_waiting(exchanged))
+                        module.register_forward_pre_hook(_waiting(sent))
         self._separate = any(weight.compute_copy is not None for weight in self.local.values())
         if self._kind != "full":
             self._rounded = RoundedMasters(self.local, self._kind, self._seed)

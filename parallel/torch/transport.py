@@ -15,13 +15,10 @@ from __future__ import annotations
 import ctypes
 import itertools
 import logging
-import socket
 import threading
 import time
 import weakref
-import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +26,8 @@ import torch.distributed as dist
 from torch.cuda import nccl
 
 from ..config import ParallelConfig
+from ..exchange_levels import describe, exchange_levels, members
+from ..hosts import hosts_of
 from ..mesh import Mesh, WeightAxes
 
 log = logging.getLogger(__name__)
@@ -222,26 +221,32 @@ def choose_transport(mesh: Mesh, axes: WeightAxes, parallel: ParallelConfig) -> 
     return found
 
 
+def exchange_groups(
+    transport: Transport, mesh: Mesh, axes: WeightAxes, kind: str, widening: int
+) -> Sequence[dist.ProcessGroup]:
+    """Return the groups in which gradients are exchanged, from the innermost outwards (`exchange_levels.py`).
+
+    A collective over the ranks that share weights. kind: `parallel.gradient_exchange`; widening: as `exchange_levels` takes it
+    """
+    if axes.num_shards == 1 or transport.by_copy_engines or kind == "direct":
+        return (transport.group,)
+    hosts = hosts_of(axes.shards, mesh.device)
+    levels = exchange_levels(hosts, kind, widening)
+    if mesh.is_main and len(set(hosts)) > 1:
+        log.info("%s", describe(levels))
+    if len(levels) == 1:
+        return (transport.group,)
+    return [mesh.part_of(axes.shards, each) for each in members(axes.shards.get_local_rank(), levels)]
+
+
 def _supports_copy_engines(mesh: Mesh, axes: WeightAxes) -> bool:
     """Return whether NCCL supports it, and all ranks that share weights are peers on this host."""
-    here = zlib.crc32(_host().encode())
-    hosts = torch.tensor([here, -here], dtype=torch.int64, device=mesh.device)
-    dist.all_reduce(hosts, op=dist.ReduceOp.MAX, group=axes.shards.get_group())
-    one_host = hosts.tolist() == [here, -here]
+    one_host = len(set(hosts_of(axes.shards, mesh.device))) == 1
     major, minor = nccl.version()[:2]
     others = [device for device in range(torch.cuda.device_count()) if device != mesh.device.index]
     near = all(torch.cuda.can_device_access_peer(mesh.device, device) for device in others)
     offered = hasattr(dist, "ProcessGroupNCCL") and hasattr(dist.ProcessGroupNCCL, "NCCL_CTA_POLICY_ZERO")
     return one_host and near and offered and (major, minor) >= NCCL
-
-
-def _host() -> str:
-    """Identify this host. Two of one name (localhost, for example) differ in their boot id."""
-    try:
-        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()
-    except OSError:
-        boot_id = ""
-    return f"{socket.gethostname()} {boot_id}"
 
 
 def _copy_engine_transport(mesh: Mesh, axes: WeightAxes) -> Transport:

@@ -18,7 +18,7 @@ from .fully_sharded import FullyShardedWeights
 from .groups import ParameterGroup
 from .masters import MasterWeights
 from .strategy import LocalWeight, WeightStrategy
-from .transport import choose_transport
+from .transport import choose_transport, exchange_groups
 
 
 def make_strategies(
@@ -27,12 +27,15 @@ def make_strategies(
     """Make a strategy for each group. Every process must call it."""
 
     def make(group: ParameterGroup) -> WeightStrategy:
-        transport = choose_transport(mesh, mesh.weight_axes[group.name], parallel)
+        axes = mesh.weight_axes[group.name]
+        transport = choose_transport(mesh, axes, parallel)
         if group.fully_sharded:
             assert settings.masters == "full", "FSDP2's masters are its weights (`limits.masters_problems`)"
             return FullyShardedWeights(group, groups, mesh, transport, parallel, compute=settings.compute)
         dtypes = {"compute": settings.compute, "accum_dtype": settings.storage}
-        return MasterWeights(group, groups, mesh, transport, **dtypes, masters=settings.masters, seed=settings.seed)
+        widening = settings.storage.itemsize // settings.compute.itemsize
+        exchanged = exchange_groups(transport, mesh, axes, parallel.gradient_exchange, widening)
+        return MasterWeights(group, groups, mesh, transport, exchanged, **dtypes, masters=settings.masters, seed=settings.seed)
 
     return [make(group) for group in groups]
 

@@ -94,6 +94,22 @@ def test_what_costs_time_is_a_part_of_its_own() -> None:
     assert ring > step_time(step(ParallelConfig(zero=3, cp=8))).parts["context exchange"] > 0
 
 
+def test_gradients_cross_the_network_as_their_exchange_says() -> None:
+    """By hand, 8 GPUs a node: a GPU has its own share of the cards, and in levels an eighth of the elements, twice as wide."""
+    quick = replace(H100, rates=replace(H100.rates, latency=0.0, network_latency=0.0), link=1e12)
+
+    def seconds(kind: str, many: int) -> float:
+        found = step_time(step(ParallelConfig(zero=1, gradient_exchange=kind), quick, ranks=64, many=many))
+        return found.parts["gradient reduction"] + found.beside["gradient reduction"]
+
+    share = 400e9 / 8 * quick.rates.network
+    parameters = parameter_count(SHAPE)
+    for many, width in ((1, 2), (8, 4)):
+        assert seconds("direct", many) == pytest.approx(width * parameters * 56 / 64 / share, rel=2e-3)
+        assert seconds("hierarchical", many) == pytest.approx(4 * parameters / 8 * 7 / 8 / share, rel=2e-3)
+        assert seconds("auto", many) == seconds("hierarchical", many)
+
+
 def test_checkpoints_cost_what_passes_do_not_hide() -> None:
     """12 bytes of state a parameter over 8 GPUs at 25 GB/s; the disk of a node takes what its 8 GPUs write."""
     plain = step(ParallelConfig(zero=3), ranks=8)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from meshloom.parallel import hosts
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh, WeightAxes
@@ -419,7 +420,7 @@ def allowed(rank: int, world_size: int) -> list[bool]:
             offered = SimpleNamespace() if at == 4 else SimpleNamespace(NCCL_CTA_POLICY_ZERO=2)
             patch.setattr(dist, "ProcessGroupNCCL", offered, raising=False)
             if at == 1:
-                patch.setattr(transport, "_host", lambda: f"host {rank}")
+                patch.setattr(hosts, "host_name", lambda: f"host {rank}")
             found.append(transport._supports_copy_engines(mesh, mesh.weight_axes["dense"]))
     return found
 
