@@ -57,6 +57,7 @@ def train(*words: str, config_dir: str | Path | None = None, **keys: Any) -> Run
     from ..trainer.resolve import resolve
     from ..trainer.run import run
     from ..trainer.signals import StopRequest
+    from ..trainer.stages.border import collect_memory
     from .rank import configure_log
     from .train import RESOLVING, processes_for_torchrun, run_by_torchrun
 
@@ -73,6 +74,7 @@ def train(*words: str, config_dir: str | Path | None = None, **keys: Any) -> Run
         code = run_by_torchrun(resolved, typed, folder_of_recipes, stop)
     else:
         code = run(resolved, stop)
+        collect_memory()  # the next run of this process may need it
     folder = Path(resolved.config.output_dir)
     if stop.obeyed and stop.number == signal.SIGINT:
         raise KeyboardInterrupt

@@ -11,16 +11,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
 from hypothesis import HealthCheck, settings
 
 from meshloom.checkpoint import faults
 from meshloom.checkpoint.memory.keeper import dismiss, registered
+from meshloom.trainer.schema import register_schemas
 
 torch.set_num_threads(1)
 
 # An example may take as long as a busy machine needs, and a run of the tests draws the same ones as the last.
 settings.register_profile("everywhere", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("everywhere")
+
+# Hydra copies all schemas before each composition, which takes as long as the rest of it. Nothing writes to the copy.
+ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
 
 MOST_WORKERS = 8  # each imports torch, and forks up to eight ranks
 
@@ -41,7 +46,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let the garbage collector of forked ranks pass over what was there before: it takes a third of a small run."""
+    """Register the schemas of the config once for all forked ranks, and let their collector pass over what was there before.
+
+    Either takes a third of a small run.
+    """
+    register_schemas()
     gc.collect()
     gc.freeze()
 

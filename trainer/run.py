@@ -176,6 +176,7 @@ def _train(
         run = resolved
         for number, node in enumerate(data):
             if number:
+                release_memory(mesh)  # not after the last stage: a process that ends should not walk over all its objects
                 stop.obeyed = mesh.any(stop.requested)
                 if stop.obeyed:
                     if mesh.is_main:
@@ -194,7 +195,6 @@ def _train(
                     run = _rewound(run, needed, mesh)
             if not reached:
                 break
-            release_memory(mesh)
         return 0
     finally:
         stop.release()

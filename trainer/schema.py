@@ -200,13 +200,16 @@ def run_schema() -> DictConfig:
 
 
 def register_schemas() -> None:
-    """Register the schema of every recipe group with Hydra."""
+    """Register the schema of every recipe group with Hydra, once per process: it takes a tenth of a second."""
     from hydra.core.config_store import ConfigStore
+    from hydra.core.object_type import ObjectType
 
     from ..config.compose import SCHEMA
     from ..config.structured import structured
 
     store = ConfigStore.instance()
+    if store.get_type(f"{SCHEMA}.yaml") is not ObjectType.NOT_FOUND:
+        return
     store.store(name=SCHEMA, node=run_schema())
     for group, kinds in OPTIONS.items():
         for kind in kinds:

@@ -42,8 +42,13 @@ def refuse_other_tokens(before: DataNode, now: DataNode, stage: Stage) -> None:
 
 
 def release_memory(mesh: Mesh) -> None:
-    """Free the memory of a stage's objects, which refer to one another, before the next stage takes as much."""
+    """Free the memory of a stage's objects before the next stage takes as much."""
     mesh.release()
+    collect_memory()
+
+
+def collect_memory() -> None:
+    """Free the memory of a stage or run that is over. Its objects refer to one another, so Python would free them late."""
     gc.collect()
-    if mesh.device.type == "cuda":
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
