@@ -23,7 +23,7 @@ from .fit_runs import UNITS, FinishedRun, Fits, fit_all, read_runs
 
 
 def main(argv: Sequence[str]) -> int:
-    """Fit, print and draw. Return 0; 1 if no law could be fitted or nothing drawn; 2 if there are no runs to read."""
+    """Fit, print and draw. Return 0; 1 if neither a law nor an optimum was found, or nothing drawn; 2 without runs to read."""
     parser = argparse.ArgumentParser(prog="meshloom fit", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold some")
     parser.add_argument(
@@ -57,7 +57,8 @@ def main(argv: Sequence[str]) -> int:
             return 1
         for path in drawn:
             print(f"drawn: {path}")
-    return 0 if any((fits.lr, fits.batch, fits.loss, fits.critical)) else 1
+    laws = (fits.lr, fits.batch, fits.loss, fits.critical)
+    return 0 if any(laws) or any(sweep.best.inside for sweep in [*fits.lr_sweeps, *fits.batch_sweeps]) else 1
 
 
 def describe(runs: Sequence[FinishedRun], fits: Fits) -> list[str]:

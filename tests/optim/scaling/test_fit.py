@@ -108,6 +108,16 @@ def test_an_optimum_at_the_edge_is_not_used(tmp_path: Path, plain: Any) -> None:
         write(tmp_path / str(number), plain, [3.0 - number] * 4, 8, optim__lr=rate)
     fits = fit_all(read_runs([tmp_path]))
     assert fits.lr is None and "at an edge" in fits.missing["learning rate"]
+    assert main([str(tmp_path)]) == 1, "nothing was found"
+
+
+def test_one_sweep_with_its_optimum_inside_is_a_result(tmp_path: Path, plain: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A law takes several sweeps; the best rate of one is what its owner wants to know. Here it is where the parabola says."""
+    for rate in (1e-3, 2e-3, 4e-3):
+        write(tmp_path / str(rate), plain, [3.0 + math.log(rate / 2e-3) ** 2] * 4, 8, optim__lr=rate)
+    assert main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "best learning rate" in said and ": 0.002, loss 3.0000" in said and "in one setting only" in said
 
 
 def test_a_run_whose_last_step_has_no_row_is_finished(tmp_path: Path, plain: Any) -> None:
