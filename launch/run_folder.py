@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -75,3 +76,24 @@ class Run:
 
         folder = (self.config.get("checkpoint") or {}).get("folder")
         return load(self.folder if folder is None else folder)
+
+
+def planned_length(config: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Return the unit (steps or tokens) and the number of them that a run is to take; None if its config does not say."""
+    trainer = config.get("trainer") or {}
+    for unit in ("steps", "tokens"):
+        if isinstance(trainer.get(unit), int | float):
+            return unit, int(trainer[unit])
+    return None
+
+
+def reached(metrics: Metrics) -> dict[str, int]:
+    """Return the counters at a run's newest row: steps, tokens and samples."""
+    if not metrics.steps:
+        return {"steps": 0, "tokens": 0, "samples": 0}
+    last = metrics.steps[-1]
+    found = {"steps": last["step"], "tokens": last.get("tokens", 0), "samples": last.get("samples", 0)}
+    if metrics.evaluations:  # with logging.every the last step may have no row of its own
+        row = metrics.evaluations[-1]
+        found["steps"], found["tokens"] = max(found["steps"], row["step"]), max(found["tokens"], row.get("tokens", 0))
+    return found

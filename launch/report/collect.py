@@ -11,7 +11,7 @@ from typing import Any
 from ...config.lazy import numpy as np
 from ...config.problems import ConfigError, Problem
 from ..ranking import Standing
-from ..run_folder import CONFIG, Run
+from ..run_folder import CONFIG, Run, planned_length, reached
 from ..run_metrics import Metrics
 
 TAIL = 20
@@ -35,24 +35,13 @@ class ReportedRun:
 
     @property
     def length(self) -> tuple[str, int] | None:
-        """The unit and the number of steps, tokens or samples that the run is to take; None if the config does not say."""
-        trainer = self.config.get("trainer") or {}
-        for unit in ("steps", "tokens"):
-            if isinstance(trainer.get(unit), int | float):
-                return unit, int(trainer[unit])
-        return None
+        """The unit and the number of steps or tokens that the run is to take; None if the config does not say."""
+        return planned_length(self.config)
 
     @property
     def reached(self) -> dict[str, int]:
-        """The counters at the run's newest row."""
-        if not self.metrics.steps:
-            return {"steps": 0, "tokens": 0, "samples": 0}
-        last = self.metrics.steps[-1]
-        found = {"steps": last["step"], "tokens": last["tokens"], "samples": last["samples"]}
-        if self.metrics.evaluations:  # with logging.every the last step may have no row of its own
-            row = self.metrics.evaluations[-1]
-            found["steps"], found["tokens"] = max(found["steps"], row["step"]), max(found["tokens"], row.get("tokens", 0))
-        return found
+        """The counters at the run's newest row: steps, tokens and samples."""
+        return reached(self.metrics)
 
     @property
     def finished(self) -> bool:

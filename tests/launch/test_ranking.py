@@ -33,3 +33,21 @@ def test_the_table_of_a_sweep_ranks_as_the_report_does(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in found))
     assert [row.split()[0] for row in rows(tmp_path)] == ["c_good", "b_unvalidated", "a_diverged"]
+
+
+def test_the_table_of_a_sweep_reads_lengths_where_the_folders_tell_them(tmp_path: Path) -> None:
+    """A run that is far below its length has an early evaluation's loss: it is not compared with those that are done."""
+    written = {
+        "a_stopped": (1.0, "trainer: {steps: 9, tokens: null}"),
+        "b_done": (3.0, "trainer: {steps: 2, tokens: null}"),
+        "c_unreadable": (2.0, "trainer: ["),
+        "d_short_of_tokens": (0.5, "trainer: {steps: null, tokens: 1000000000}"),
+    }
+    for name, (loss, config) in written.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(config)
+        found = [step_row(2), {"step": 2, "eval_loss": loss}]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in found))
+    told = rows(tmp_path)
+    assert [row.split()[0] for row in told] == ["c_unreadable", "b_done", "d_short_of_tokens", "a_stopped"]
+    assert told[3].endswith("of 9 steps") and told[2].endswith("of 1,000,000,000 tokens") and "of" not in told[1].split()
