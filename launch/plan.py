@@ -99,7 +99,7 @@ def show_against(folder: Path, cluster: ClusterConfig, arguments: argparse.Names
     from rich.console import Console
 
     from ..planner.time_tables import parts_table
-    from .plan_against import against, against_table
+    from .plan_against import against, against_table, not_compared
 
     predicted, measured = against(folder, cluster, arguments.documents)
     if arguments.json:
@@ -107,6 +107,8 @@ def show_against(folder: Path, cluster: ClusterConfig, arguments: argparse.Names
         return 0
     console = Console()
     console.print(against_table(predicted, measured))
+    if line := not_compared(measured):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if arguments.parts:
         console.print(parts_table(predicted))
     return 0
@@ -170,7 +172,7 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
     from ..planner.host import available_memory
     from ..planner.tables import gib, plan_tables
     from ..planner.time_tables import misfits, time_tables
-    from .plan_cluster import predict
+    from .plan_cluster import assumed_cluster, predict
     from .planning import plan_of, spared_by_fusing, time_caveats
     from .shortages import shortages
 
@@ -191,7 +193,7 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    for line in stage_lines(resolved):
+    for line in [*([] if cluster is not None else [assumed_cluster(resolved)]), *stage_lines(resolved)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for table in plan_tables(plan.model.shape, plan.parallel, plan.layout, plan.job, plan.cost, plan.samples):
         console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -16,21 +17,27 @@ from ..planner.cluster import GIB, ClusterConfig
 from ..planner.prediction import Prediction
 from ..planner.tables import right
 from ..planner.time_tables import seconds
+from ..trainer.identity import METRICS
+from ..trainer.resumed_config import saved_config
 from ..trainer.typed import replace_keys, typed_config
 from .plan_cluster import launch_words, predict
 from .planning import plan_of
-from .run_metrics import steps_of
+from .run_metrics import Metrics
 
+MEASURED = ("step_seconds", "tokens_per_second")
 WARM_UP = 3
 """First steps of a run that are not counted."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Medians over a run's steps. memory: peak GiB of a GPU, where there is one."""
+    """Medians over a run's steps; None of what its rows do not have, as those of older versions.
 
-    seconds: float
-    tokens_per_second: float
+    memory   peak GiB of a GPU, where there is one
+    """
+
+    seconds: float | None
+    tokens_per_second: float | None
     memory: float | None
     steps: int
 
@@ -45,42 +52,46 @@ def against(folder: Path, cluster: ClusterConfig, length: float | None = None) -
         node = OmegaConf.load(file)
     except (OSError, OmegaConfBaseException, ValueError) as error:
         raise ConfigError([Problem("--against", f"{file} can't be read: {error}", "give a run's folder")]) from error
-    config, problems = typed_config(node)  # pyright: ignore[reportArgumentType]
+    config, problems = typed_config(OmegaConf.create(saved_config({"config": OmegaConf.to_container(node)})))
     if problems:
         raise ConfigError(problems)
     words = dict(word.split("=") for word in launch_words(cluster))
     config = replace_keys(config, {key: int(value) for key, value in words.items()})
-    rows = steps_of(folder / "metrics.jsonl")
+    by_step = {row["step"]: row for row in Metrics.read(folder / METRICS).rows if any(name in row for name in MEASURED)}
+    rows = [by_step[step] for step in sorted(by_step)]
     if not rows:
-        raise ConfigError([Problem("--against", f"{folder} has no steps in metrics.jsonl", "wait for the run's first steps")])
+        text = f"{folder} has no steps with {' or '.join(MEASURED)} in {METRICS}"
+        raise ConfigError([Problem("--against", text, "wait for the run's first steps, or give a run that measured them")])
     counted = rows[min(WARM_UP, len(rows) - 1) :]
     plan = plan_of(config, ())
-    memory = [row["memory_gib"] for row in counted if row.get("memory_gib") is not None]
+    numbers = {name: [row[name] for row in counted if row.get(name) is not None] for name in (*MEASURED, "memory_gib")}
+    rates = [rate / plan.layout.world_size for rate in numbers["tokens_per_second"]]
     found = Measured(
-        median(row["step_seconds"] for row in counted),
-        median(row["tokens_per_second"] for row in counted) / plan.layout.world_size,
-        max(memory) if memory else None,
+        median(numbers["step_seconds"]) if numbers["step_seconds"] else None,
+        median(rates) if rates else None,
+        max(numbers["memory_gib"], default=None),
         len(counted),
     )
     return predict(plan, config, replace(cluster, gpus=plan.layout.world_size), length), found
 
 
 def against_table(predicted: Prediction, measured: Measured) -> Table:
-    """Tabulate prediction and measurement."""
+    """Tabulate prediction and measurement, of what the run has measured."""
     title = f"Predicted and measured, medians of {measured.steps} steps"
     table = Table("", right("predicted"), right("measured"), right("off by"), title=title, title_justify="left", box=box.SIMPLE)
-    rows = [
-        ("a step", seconds(predicted.seconds), seconds(measured.seconds), predicted.seconds / measured.seconds),
-        (
-            "tokens/s a GPU",
-            f"{predicted.tokens_per_second:,.0f}",
-            f"{measured.tokens_per_second:,.0f}",
-            predicted.tokens_per_second / measured.tokens_per_second,
-        ),
+    rows: list[tuple[str, Callable[[float], str], float, float | None]] = [
+        ("a step", seconds, predicted.seconds, measured.seconds),
+        ("tokens/s a GPU", "{:,.0f}".format, predicted.tokens_per_second, measured.tokens_per_second),
+        ("GiB of a GPU", "{:.1f}".format, predicted.bytes / GIB, measured.memory),
     ]
-    if measured.memory is not None:
-        planned = predicted.bytes / GIB
-        rows.append(("GiB of a GPU", f"{planned:.1f}", f"{measured.memory:.1f}", planned / measured.memory))
-    for name, one, other, ratio in rows:
-        table.add_row(name, one, other, f"{ratio - 1:+.1%}")
+    for name, shown, one, other in rows:
+        if other is not None:
+            table.add_row(name, shown(one), shown(other), f"{one / other - 1:+.1%}")
     return table
+
+
+def not_compared(measured: Measured) -> str:
+    """Return a line that names the numbers which a run's rows lack; "" if they lack none."""
+    found = {"step_seconds": measured.seconds, "tokens_per_second": measured.tokens_per_second}
+    lacking = [name for name in MEASURED if found[name] is None]
+    return f"not compared: {METRICS} has no {' and no '.join(lacking)}" if lacking else ""

@@ -10,7 +10,10 @@ from ..planner.cluster import ClusterConfig, is_cluster_word, load_cluster
 from ..planner.prediction import Prediction
 from ..planner.step_time import Step, matrices_of
 from ..trainer.costs import run_tokens
-from ..trainer.launching import planned_processes
+from ..trainer.fitting import UnknownMachineError
+from ..trainer.launching import planned_processes, visible_gpus
+from ..trainer.machine_gpus import planned_machine
+from ..trainer.resolve import ResolvedRun
 from ..trainer.schema import RunConfig
 from .planning import Plan
 
@@ -36,6 +39,21 @@ def launch_words(cluster: ClusterConfig) -> list[str]:
     if cluster.nodes == 1:
         return [f"launch.nproc={cluster.gpus}"]
     return [f"launch.nodes={cluster.nodes}", f"launch.nproc={cluster.gpus_per_node}"]
+
+
+def assumed_cluster(resolved: ResolvedRun) -> str:
+    """Return a line that says which GPUs a plan without a cluster is made for, and how others are named."""
+    others = f"cluster=…, for example cluster=h200x{max(1, planned_processes(resolved.config.launch))}"
+    if not resolved.fitted:
+        return f"no cluster is named or assumed: this is memory alone; {others}, also predicts seconds, days and cost"
+    keys = " and ".join(resolved.fitted)
+    try:
+        machine = planned_machine(resolved.config)
+    except (UnknownMachineError, ConfigError):  # a note of the plan says why
+        return f"{keys} could not be fitted to this machine's GPUs; name others with {others}"
+    if visible_gpus():
+        return f"{keys} fitted to this machine's {machine.gpu}; name others with {others}"
+    return f"assumed {machine.gpu}, to which {keys} are fitted: no GPU is here; name yours with {others}"
 
 
 def refuse_too_few(config: RunConfig, cluster: ClusterConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -182,6 +183,21 @@ def test_a_run_is_held_against_its_metrics(tmp_path: Path, capsys: pytest.Captur
     assert short["parts_seconds"]["attention"] < found["predicted"]["parts_seconds"]["attention"] / 2
     assert "off by" in said(capsys, "--against", str(tmp_path), "cluster=h200x2")
     assert "can't be read" in refused(capsys, "--against", str(tmp_path / "nowhere"), "cluster=h200x2")
+
+
+def test_a_run_of_an_older_version_is_held_against_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its rows lack a number, and its config has a class under its former name and lacks a key."""
+    config = plain_config(resolve_plan([*SMALL, "batch.micro=4", "trainer.activation=none", "launch.nproc=2"]).config)
+    config["model"]["_target_"] = "meshloom.models.llama.Llama"
+    del config["trainer"]["compare_replicas_every"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ("--against", str(tmp_path), "cluster=h200x2")
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "tokens_per_second": 800.0}}\n' for step in range(9)))
+    out = said(capsys, *words)
+    assert "tokens/s a GPU" in out and "400" in out and not re.search("^ *a step ", out, re.M) and "has no step_seconds" in out
+    assert json.loads(said(capsys, *words, "--json"))["measured"]["seconds"] is None
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert "no steps with step_seconds or tokens_per_second in metrics.jsonl" in refused(capsys, *words)
 
 
 def test_tune_searches_the_layouts_of_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,6 +134,20 @@ def test_a_typed_auto_is_decided_again_only_where_it_is_placement() -> None:
         assert any("batch.micro=2 stays" in told for told in resumed.notices) == (kept == 2)
 
 
+def test_a_plans_first_line_says_which_gpus_are_assumed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first_line(*words: str) -> str:
+        assert main(["plan", *words]) == 0
+        return capsys.readouterr().out.splitlines()[0]
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assumed = first_line(*AUTO, "launch.nproc=2")
+    assert assumed.startswith("assumed NVIDIA H100 80GB") and assumed.endswith("cluster=…, for example cluster=h200x2")
+    assert first_line("recipe=quickstart", "launch.nproc=1").startswith("no cluster is named or assumed: this is memory alone")
+    assert "assumed" not in first_line(*AUTO, "cluster=a100x8")
+
+
 def test_a_plan_shows_what_the_cluster_decides(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *AUTO, "cluster=a100x8", "cluster.memory=39.4"]) == 0
     out = " ".join(capsys.readouterr().out.split())
