@@ -53,20 +53,19 @@ def train(*words: str, config_dir: str | Path | None = None, **keys: Any) -> Run
     Raises ConfigError with every problem of a config that can't run, TrainingFailed for a run that did not reach its end, and
     whatever else ends a run of this process.
     """
-    from ..trainer.machine import unusable_gpus
     from ..trainer.resolve import resolve
     from ..trainer.run import run
     from ..trainer.signals import StopRequest
     from ..trainer.stages.border import collect_memory
     from .rank import configure_log
-    from .train import RESOLVING, processes_for_torchrun, run_by_torchrun
+    from .train import RESOLVING, processes_for_torchrun, run_by_torchrun, start_problems
 
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("meshloom.train needs the main thread, where signals arrive; give each run a process of its own")
     typed = [*words, *override_words(keys)]
     folder_of_recipes = None if config_dir is None else str(config_dir)
     resolved = resolve(typed, RESOLVING, folder_of_recipes)
-    if problems := resolved.problems or unusable_gpus(resolved.config):
+    if problems := resolved.problems or start_problems(resolved):
         raise ConfigError(problems)
     stop = StopRequest()
     configure_log()

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, Composition, quoted
 from ..config.problems import ConfigError, Problem
 from ..config.sweeps import without_output_dir
+from ..trainer.host_memory import host_memory_problems, host_memory_warning
 from ..trainer.launching import LaunchConfig, all_processes, restarts, run_processes, under_torchrun
 from ..trainer.machine import machine_problems, unusable_gpus
 from ..trainer.machine_gpus import machine_here
@@ -113,7 +114,7 @@ def _single(switches: argparse.Namespace, composer: Composer, composition: Compo
 
     try:
         resolved = resolve_composed(composer, composition, switches.overrides, replace(RESOLVING, before_building=prepare))
-        problems = resolved.problems or unusable_gpus(resolved.config)
+        problems = resolved.problems or start_problems(resolved)
         if problems:
             return refuse(ConfigError(problems))
         stop = StopRequest(_leave)
@@ -121,6 +122,21 @@ def _single(switches: argparse.Namespace, composer: Composer, composition: Compo
     finally:
         if agent is not None:
             agent.dismiss()
+
+
+def start_problems(resolved: ResolvedRun) -> list[Problem]:
+    """Return what keeps this machine from starting a run without other problems, and warn of what may end it.
+
+    Each process that is started resolves the command line again, but does not ask this: after a restart, the memory of the
+    processes before may not have been given back yet.
+    """
+    if problems := unusable_gpus(resolved.config):
+        return problems
+    configs = [each.config for each in (resolved, *resolved.then)]
+    problems = [problem for config in configs for problem in host_memory_problems(config)]
+    for warning in dict.fromkeys(filter(None, map(host_memory_warning, configs))):
+        print(warning, file=sys.stderr)
+    return list(dict.fromkeys(problems))
 
 
 def processes_for_torchrun(launch: LaunchConfig) -> int:
@@ -137,7 +153,8 @@ def _sweep(switches: argparse.Namespace) -> int:
     problems: list[Problem] = []
     for job in composer.expand(switches.overrides):
         resolved = resolve(job, RESOLVING, switches.config_dir)
-        problems += [problem for problem in resolved.problems if problem not in problems]
+        found = resolved.problems or start_problems(resolved)
+        problems += [problem for problem in found if problem not in problems]
     if problems:
         raise ConfigError(problems)
     stop = StopRequest(_leave)
