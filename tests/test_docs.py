@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -19,10 +18,9 @@ from meshloom.planner.cluster import is_cluster_word, load_cluster
 from meshloom.trainer.run import run
 from meshloom.trainer.schema import make_composer
 from support.configs import resolve_words
+from support.documents import DOCUMENTS, ROOT, write_examples
 from support.tiny_run import TINY
 
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 FILE = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|md|yaml|sh|sbatch|toml)|(?:[\w-]+/)+")
 THE_USERS = ("my/", "mine/", "outputs/")  # folders that the examples make
 KEYS = {"launch.sbatch"}  # that look like files
@@ -156,26 +154,14 @@ def test_benchmarks_of_the_table_exist() -> None:
     assert table and [name for name in table if not (ROOT / "benchmarks" / name).exists()] == []
 
 
-def write_examples(document: Path, folder: Path) -> None:
-    """Write the files that a document shows in full: blocks that begin with a comment of their path."""
-    lines = [*document.read_text().splitlines(), "end"]
-    for first, line in enumerate(lines):
-        if found := re.fullmatch(r"    # (mine/\S+)", line):
-            rest = lines[first + 1 :]
-            other = re.compile(r"\S| {1,3}\S|    # mine/|    (\S+=\S+ )?meshloom ")  # text, another file, a command
-            ends = next(at for at, one in enumerate(rest) if other.match(one))
-            (folder / found[1]).parent.mkdir(parents=True, exist_ok=True)
-            (folder / found[1]).write_text(textwrap.dedent("\n".join(rest[:ends])))
-
-
 def test_the_recipe_of_the_tutorial_composes(tmp_path: Path) -> None:
-    write_examples(ROOT / "docs/tutorial.md", tmp_path)
+    write_examples((ROOT / "docs/tutorial.md").read_text(), tmp_path)
     composed = make_composer(str(tmp_path / "mine")).compose(["recipe=my_1b", "launch.nproc=8", "resume=auto"])
     assert composed.problems == [] and composed.config.model.vocabulary == 32_000
 
 
 def test_what_contributing_shows_trains_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_examples(ROOT / "CONTRIBUTING.md", tmp_path)
+    write_examples((ROOT / "CONTRIBUTING.md").read_text(), tmp_path)
     mine = str(tmp_path / "mine")
     monkeypatch.syspath_prepend(mine)
     assert not resolve_words(["recipe=quickstart", "data=synthetic"], ["model=llama_wide"], config_dir=mine).problems
