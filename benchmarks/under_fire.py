@@ -3,6 +3,7 @@
     python benchmarks/under_fire.py --random 200 --seed 1 --out fire.jsonl     faults drawn at random
     python benchmarks/under_fire.py --random 200 --seed 1 --only 17            one of them again, with all that was printed
     python benchmarks/under_fire.py --every-phase 4                            SIGSTOP in each phase of a step
+    python benchmarks/under_fire.py --random 6 --kinds kill_node late_node     several launchers, one of which is lost or late
     python benchmarks/under_fire.py --report fire.jsonl                        the tables of runs that were done
 
 On CPU, in float64. Losses are held to a run of one process that nothing disturbs, to 1e-9. What each fault does is in

@@ -36,6 +36,8 @@ torchrun's default is half a minute, which ranks that hang in a collective with 
 ORPHAN_SECONDS = 30.0
 """Time for ranks to finish their step and save when their launcher has died; then they are killed."""
 
+LOGS = ("distributed.elastic.multiprocessing.api", "distributed.elastic.agent.server.api", "multiprocessing.spawn")
+"""PyTorch's logs that tell of each worker that has failed or is ended."""
 
 MOST_RANKS = 16384
 """Ranks that the limit of open files is raised for, as far as the system allows: how many there will be is not known here."""
@@ -50,6 +52,7 @@ def main(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     ignore_requests()
+    hush_torch()
     if argv and argv[0].startswith(FLAG):
         from .nodes.agent import run_part
 
@@ -70,6 +73,15 @@ def ignore_requests() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
+def hush_torch() -> None:
+    """Set PyTorch's C++ code to log errors only, in processes that import it from now on, unless the user has set a level.
+
+    When a rank is gone, all others would warn that their store's connection is lost, each with a C++ trace of 20 lines, around
+    the one message that says why.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def _run(argv: list[str]) -> int:
     """Run torchrun's `main`. If it starts ranks, they are watched; return the exit code then, else 0."""
     from torch.distributed import run
@@ -87,7 +99,7 @@ def _run(argv: list[str]) -> int:
     supervisor = Supervisor(options.max_restarts, several=options.nnodes != "1")
     unfollow = when_launcher_dies(lambda: stop_ranks(supervisor.ranks))
     undo = supervisor.watch(LocalElasticAgent)
-    logs = [logging.getLogger(f"torch.distributed.elastic.{name}") for name in ("multiprocessing.api", "agent.server.api")]
+    logs = [logging.getLogger(f"torch.{name}") for name in LOGS]
     for log in logs:
         log.addFilter(_without_failures)
     try:
@@ -169,6 +181,7 @@ def read_arguments(descriptor: int) -> list[str] | None:
 def wait_for_arguments(descriptor: int) -> int:
     """Import, start the ranks' imports, then run torchrun with the arguments from the pipe."""
     ignore_requests()
+    hush_torch()
     forked.prepare()
     import torch.distributed.run  # noqa: F401  # pyright: ignore[reportUnusedImport]
 

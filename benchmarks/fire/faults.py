@@ -25,7 +25,11 @@ FLIPS = ("flip_weight", "flip_optimizer", "flip_activation", "flip_gradient")
 LOST_PARENTS = ("kill_agent", "kill_launcher")
 SURROUNDINGS = ("full_disk", "clock", "slow")
 LONG = ("spike", "slow")
-KINDS = (*CRASHES, *HANGS, *NUMBERS, *FLIPS, *LOST_PARENTS, *SURROUNDINGS, "bad_sample")
+OF_MACHINES = ("kill_node", "late_node")
+"""Faults of a run on several machines: an agent is killed, and its ranks die with it, or a launcher is started late."""
+ENDLESS = ("kill_again",)
+"""Strikes in each attempt, so that the run makes no progress."""
+KINDS = (*CRASHES, *HANGS, *NUMBERS, *FLIPS, *LOST_PARENTS, *SURROUNDINGS, "bad_sample", *OF_MACHINES, *ENDLESS)
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Fault:
     step   from which step on, counted from 1: it strikes in the first part of a step of this phase
     phase  the part of a step in which it strikes
     seed   chooses what is left to choose: the element, the bit, the block
-    size   seconds of a slow step, hours of a step of the clock, the sample of `bad_sample`
+    size   seconds of a slow step or a late machine, hours of a step of the clock, the sample of `bad_sample`
     """
 
     kind: str
@@ -50,16 +54,17 @@ class Fault:
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of a run: its number of processes, and the words of its command line."""
+    """The layout of a run: its number of processes, the words of its command line, and its number of launchers."""
 
     name: str
     ranks: int
     words: tuple[str, ...]
+    machines: int = 1
 
     @property
     def apart(self) -> bool:
-        """True if no rank waits for another within its forward and backward passes."""
-        return self.words in (("parallel.zero=0",), ("parallel.zero=1",))
+        """True if a rank that is slow in its passes is told from those that wait for it: without parallelism within them."""
+        return not any(word.startswith(("parallel.tp", "parallel.pp", "parallel.cp")) for word in self.words)
 
 
 LAYOUTS = (
@@ -77,6 +82,13 @@ LAYOUTS = (
     Layout("2 × ZeRO-3", 4, ("parallel.zero=3", "parallel.replicate=2")),
     Layout("TP 2, ZeRO-0", 4, ("parallel.tp=2", "parallel.zero=0")),
     Layout("PP 2, ZeRO-1", 4, ("parallel.pp=2", "parallel.zero=1")),
+)
+
+SEVERAL_MACHINES = (
+    Layout("2 machines, ZeRO-0", 2, ("parallel.zero=0",), 2),
+    Layout("2 machines, ZeRO-3", 2, ("parallel.zero=3",), 2),
+    Layout("2 machines, ZeRO-1", 4, ("parallel.zero=1",), 2),
+    Layout("3 machines, ZeRO-1", 3, ("parallel.zero=1",), 3),
 )
 
 
@@ -123,6 +135,8 @@ class Odds:
             **dict.fromkeys(LOST_PARENTS, 0.5),
             **dict.fromkeys(SURROUNDINGS, 0.5),
             "bad_sample": 0.3,
+            **dict.fromkeys(OF_MACHINES, 0.6),
+            **dict.fromkeys(ENDLESS, 0.3),
         }
     )
     counts: Sequence[int] = (1, 1, 1, 2, 2, 3)
@@ -134,13 +148,18 @@ def draw(seed: int, number: int, odds: Odds | None = None) -> Schedule:
     chance = random.Random(f"{seed}/{number}")
     count = chance.choice(odds.counts)
     kinds = chance.choices(list(odds.weights), list(odds.weights.values()), k=count)
-    # Where ranks wait for one another within a pass, a slow group is found, and not the rank (docs/resilience.md).
-    layouts = [each for each in LAYOUTS if each.apart] if "slow" in kinds else LAYOUTS
+    count = 1 if kinds[0] in (*OF_MACHINES, *ENDLESS) else count
+    kinds = kinds[:count]
+    # Where ranks wait within a pass in other ways, a slow group is found, and not the rank (docs/resilience.md).
+    layouts = SEVERAL_MACHINES if kinds[0] in OF_MACHINES else LAYOUTS
+    if "slow" in kinds:
+        layouts = [each for each in layouts if each.apart]
     if "bad_sample" in kinds:  # under context parallelism no rank sees a whole one
         layouts = [each for each in layouts if not each.name.startswith("CP")]
     layout = chance.choice(layouts)
     # One spike or bad sample tells what a run is compared with; more of them would only take longer.
-    kinds = ["kill" if kind in (*LONG, "bad_sample") and place else kind for place, kind in enumerate(kinds)]
+    alone = (*LONG, "bad_sample", *OF_MACHINES, *ENDLESS)
+    kinds = ["kill" if kind in alone and place else kind for place, kind in enumerate(kinds)]
     first, last = {"spike": (SPIKE_FROM, LONG_STEPS - 6), "slow": (12, SLOW_UNTIL)}.get(kinds[0], (4, STEPS - 3))
     steps = sorted(chance.sample(range(first, last, 2), count))
     faults = tuple(_fault(chance, kind, step, layout) for kind, step in zip(kinds, steps, strict=True))
@@ -151,8 +170,10 @@ def draw(seed: int, number: int, odds: Odds | None = None) -> Schedule:
 
 
 def _fault(chance: random.Random, kind: str, step: int, layout: Layout) -> Fault:
-    phases = PHASES if kind in (*CRASHES, *HANGS, *LOST_PARENTS) else ("data", "update") if kind in FLIPS[:2] else IN_A_STEP[:1]
-    size = {"slow": 0.2, "clock": chance.choice((-5.0, 5.0)), "bad_sample": float(BATCH * (step - 1) + 3)}.get(kind, 0.0)
+    anywhere = kind in (*CRASHES, *HANGS, *LOST_PARENTS, "kill_node")
+    phases = PHASES if anywhere else ("data", "update") if kind in FLIPS[:2] else IN_A_STEP[:1]
+    sample = float(BATCH * (step - 1) + 3)
+    size = {"slow": 0.2, "late_node": 4.0, "clock": chance.choice((-5.0, 5.0)), "bad_sample": sample}.get(kind, 0.0)
     return Fault(kind, chance.randrange(layout.ranks), step, chance.choice(phases), chance.getrandbits(32), size)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -27,7 +28,7 @@ from meshloom.parallel.heartbeat import Phase
 from meshloom.trainer.hooks.base import Hook
 from meshloom.trainer.loop import Loop
 
-from .faults import CRASHES, HANGS, LOST_PARENTS, Fault, read_faults
+from .faults import CRASHES, ENDLESS, HANGS, LOST_PARENTS, Fault, read_faults
 
 REAL_TIME = time.time
 BALLAST = "ballast"
@@ -92,13 +93,14 @@ class Injector(Hook):
     def _at(self, phase: str, step: int) -> None:
         """Strike what is due in this part of this step."""
         for number, fault in self._mine:
-            if step < fault.step or phase != fault.phase or fired_file(self._folder, number).exists():
+            again = fault.kind in ENDLESS
+            if step < fault.step or phase != fault.phase or (not again and fired_file(self._folder, number).exists()):
                 continue
             if fault.kind in ("nan_activation", "nan_gradient", "spike", "flip_activation", "flip_gradient"):
                 if (number, fault) not in self._armed:
                     self._armed.append((number, fault))
                 continue
-            if fault.kind != "bad_sample" and self._fire(number, fault, {}):
+            if fault.kind != "bad_sample" and (self._fire(number, fault, {}) or again):
                 self._strike(number, fault)
 
     def _fire(self, number: int, fault: Fault, more: dict[str, Any]) -> bool:
@@ -119,6 +121,12 @@ class Injector(Hook):
         kind = fault.kind
         if kind in (*CRASHES, *HANGS):
             _end_or_hang(kind)
+        elif kind in ENDLESS:
+            _end_or_hang("kill")
+        elif kind == "kill_node":
+            agent = multiprocessing.parent_process()
+            assert agent is not None and agent.pid is not None
+            os.kill(agent.pid, signal.SIGKILL)
         elif kind in LOST_PARENTS:
             with contextlib.suppress(ProcessLookupError):  # it was killed a moment ago, and its ranks are about to end
                 os.kill(int((self._folder / f"{kind.partition('_')[2]}.pid").read_text()), signal.SIGKILL)

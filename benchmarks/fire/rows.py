@@ -57,9 +57,8 @@ def to_row(result: Result) -> dict[str, Any]:
 def from_row(row: Mapping[str, Any]) -> Result:
     """Return the run of which a row was kept."""
     faults = tuple(Fault(**each) for each in row["faults"])
-    layout = Layout(row["layout"]["name"], row["layout"]["ranks"], tuple(row["layout"]["words"]))
+    values: dict[str, Any] = {**row["layout"], "words": tuple(row["layout"]["words"])}
+    layout = Layout(**values)
     schedule = Schedule(row["number"], layout, faults, tuple(row["words"]))
-    values: dict[str, Any] = {
-        name: {int(n): each for n, each in row[name].items()} if name in NUMBERED else row[name] for name in KEPT
-    }
+    values = {name: {int(n): each for n, each in row[name].items()} if name in NUMBERED else row[name] for name in KEPT}
     return Result(schedule, **values)

@@ -24,9 +24,11 @@ from pathlib import Path
 import psutil
 
 from meshloom.launch import forked
+from meshloom.launch.nodes.part import Part, Rules
+from meshloom.launch.torchrun import RANK
 from meshloom.trainer.watch.incidents import read_incidents
 
-from .faults import BATCH, COMPARE_EVERY, EVALUATE_EVERY, LOST_PARENTS, SAVE_EVERY, Schedule
+from .faults import BATCH, COMPARE_EVERY, EVALUATE_EVERY, LOST_PARENTS, SAVE_EVERY, Layout, Schedule
 from .injector import fired_file
 from .rows import Result
 
@@ -36,13 +38,15 @@ RECIPE = (
     f"batch.samples={BATCH}", "batch.micro=2", "trainer.tokens=null", f"trainer.eval_every={EVALUATE_EVERY}",
     "trainer.eval_samples=8", f"checkpoint.every={SAVE_EVERY}", "checkpoint.keep=3", "trainer.sample_prompt=null",
     f"trainer.compare_replicas_every={COMPARE_EVERY}", "logging.progress=false", "launch.check=false",
-    "parallel.timeout=60",
+    "parallel.timeout=200",
 )  # fmt: skip
-PATIENCE = 150.0
+PATIENCE = 330.0
 """Seconds after which a run counts as one that hangs, and nobody has ended it."""
 ORPHAN_PATIENCE = 75.0
 DISK_MIB = 24
 RESTARTS = 6
+JOIN_SECONDS = 30.0
+KILLED = 128 + signal.SIGKILL
 STARTS = 4
 """At most so many launchers are started for a run: what ends with a launcher is started again by hand."""
 
@@ -106,22 +110,26 @@ class Bench:
 
     @staticmethod
     def _start(schedule: Schedule, folder: Path, result: Result) -> None:
-        """Start a launcher, and wait for its end and that of its ranks."""
+        """Start a launcher for each machine, and wait for their ends and those of their ranks."""
         words = [*RECIPE, *schedule.layout.words, f"trainer.steps={schedule.steps}", *schedule.words, "resume=auto"]
         words += [f"trainer.hooks=[{{_target_: meshloom.benchmarks.fire.injector.Injector, folder: '{folder}'}}]"]
-        arguments = [
-            "--standalone", f"--nproc-per-node={schedule.layout.ranks}", f"--max-restarts={RESTARTS}",
-            "-m", "meshloom.launch.rank", *words, f"launch.nproc={schedule.layout.ranks}", f"output_dir={folder / 'run'}",
-        ]  # fmt: skip
-        launcher = os.fork()
-        if launcher == 0:
-            _launch(folder, arguments)
-        code = _wait(launcher, PATIENCE)
-        if code is None:
-            result.hung = True
-            os.kill(launcher, signal.SIGKILL)
-            os.waitpid(launcher, 0)
-        result.codes.append(None if code is None or code < 0 else code)
+        words += [f"launch.nproc={schedule.layout.ranks // schedule.layout.machines}", f"output_dir={folder / 'run'}"]
+        deadline, launchers = time.monotonic() + PATIENCE, []
+        for machine in range(schedule.layout.machines):
+            if machine == schedule.layout.machines - 1:
+                _come_late(schedule, folder)
+            launcher = os.fork()
+            if launcher == 0:
+                _launch(folder, machine, _arguments(schedule.layout, words, folder))
+            launchers.append(launcher)
+        codes = [_wait(launcher, max(0.1, deadline - time.monotonic())) for launcher in launchers]
+        for launcher, code in zip(launchers, codes, strict=True):
+            if code is None:
+                result.hung = True
+                os.kill(launcher, signal.SIGKILL)
+                os.waitpid(launcher, 0)
+        # Behind that of a machine that was killed, that of the others says how the run has ended.
+        result.codes += sorted((None if code is None or code < 0 else code for code in codes), key=lambda code: code != KILLED)
         ended = time.monotonic()
         deadline = ended + (0.0 if result.hung else ORPHAN_PATIENCE)
         while (left := _processes(folder)) and time.monotonic() < deadline:
@@ -133,14 +141,35 @@ class Bench:
                 each.kill()
 
 
-def _launch(folder: Path, arguments: list[str]) -> None:
-    """Be the launcher: fork torchrun's agent, and end with its exit code."""
+def _arguments(layout: Layout, words: list[str], folder: Path) -> list[str]:
+    """Return the arguments of an agent: torchrun's, or a machine's part in a run on several."""
+    processes = layout.ranks // layout.machines
+    if layout.machines == 1:
+        return ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={RESTARTS}", "-m", RANK, *words]
+    nodes = f"1:{layout.machines}"
+    rules = Rules(processes, layout.machines, {n + 1: [] for n in range(layout.machines)}, RESTARTS, JOIN_SECONDS)
+    return [Part(str(folder / "run"), rules, [*words, f"launch.nodes='{nodes}'"]).as_word()]
+
+
+def _come_late(schedule: Schedule, folder: Path) -> None:
+    """Wait before the last machine is started, where it is to be late."""
+    for number, fault in enumerate(schedule.faults):
+        if fault.kind == "late_node":
+            time.sleep(fault.size)
+            told = {"time": time.time(), "step": 0, "phase": "start", "pid": os.getpid()}
+            fired_file(folder, number).write_text(json.dumps(told))
+
+
+def _launch(folder: Path, machine: int, arguments: list[str]) -> None:
+    """Be a launcher: fork an agent, and end with its exit code."""
     os.setsid()
     _redirect(folder / "log")
-    (folder / "launcher.pid").write_text(str(os.getpid()))
+    os.environ["MESHLOOM_FAILURE_DOMAIN"] = str(machine)
+    name = f"-{machine}" if machine else ""
+    (folder / f"launcher{name}.pid").write_text(str(os.getpid()))
     agent = os.fork()
     if agent == 0:
-        (folder / "agent.pid").write_text(str(os.getpid()))
+        (folder / f"agent{name}.pid").write_text(str(os.getpid()))
         # The fork server is another process's child, and lives: nothing is to be started.
         forkserver._forkserver.ensure_running = forkserver.ensure_running = lambda: None
         from meshloom.launch import agent as module

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .faults import CRASHES, FLIPS, HANGS, NUMBERS, Fault
+from .faults import CRASHES, ENDLESS, FLIPS, HANGS, NUMBERS, Fault
 from .rows import Result
 
 OF_STATE, OF_PASSES = FLIPS[:2], FLIPS[2:]
@@ -25,17 +25,21 @@ FITS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(OF_STATE, ("bad_step", "replicas_differ", "replicas_judged")),
     **dict.fromkeys(OF_PASSES, ("bad_step",)),
     "slow": ("straggler",),
-    "full_disk": ("error",),
+    "full_disk": ("save_failed", "error"),
+    "kill_node": ("node_lost",),
+    "kill_again": ("death",),
 }
 """Kind of a fault → kinds of the incidents that notice it."""
 MAY_PASS = ("full_disk",)
 """Faults that need no incident: a save that fails is told, and the next one may succeed."""
 SUSPECTING = ("silence",)
 """Incidents that name a rank before the run is ended for it; they fit what hangs, and notice what is not stopped."""
-DECIDING = ("death", "error", "hang", "bad_step", "replicas_differ", "straggler")
+DECIDING = ("death", "error", "hang", "bad_step", "replicas_differ", "straggler", "save_failed", "node_lost")
 """Incidents that notice a fault; others only tell more about it."""
-OPEN_ENDS = (77,)
-"""Exit codes of runs that end by their own decision; they say why."""
+OPEN_END = 77
+"""Exit code of runs that end by their own decision; they say why."""
+NO_PROGRESS = 76
+"""Exit code of a run that is started again in vain."""
 
 
 @dataclass
@@ -70,8 +74,9 @@ class Verdict:
 def judge(result: Result) -> Verdict:
     """Judge what a run has left behind."""
     undisturbed = result.undisturbed
-    verdict = Verdict(open_end=bool(result.codes) and result.codes[-1] in OPEN_ENDS)
     faults = [(n, result.schedule.faults[n], left) for n, left in sorted(result.fired.items())]
+    loops = any(fault.kind in ENDLESS for _, fault, _ in faults)
+    verdict = Verdict(open_end=result.codes[-1:] in ([OPEN_END], *([[NO_PROGRESS]] if loops else [])))
     for incident in _with_real_times(result):
         named = _named(incident)
         fitting = [each for each in faults if _fits(incident, each[1]) and incident["time"] >= each[2]["time"] - SLACK]
@@ -80,6 +85,8 @@ def judge(result: Result) -> Verdict:
             (verdict.slowed if incident["kind"] == "straggler" else verdict.wrong).append(incident["message"])
         open_ = [each for each in hit if each[0] not in verdict.noticed]
         deciding = incident["kind"] in DECIDING or (incident["kind"] in SUSPECTING and hit[-1:] and hit[-1][1].kind == "hang")
+        if hit and hit[-1][1].kind in ENDLESS:
+            deciding = "not started again" in incident["details"].get("said", "")
         for number, _, left in open_ if incident["kind"] == "replicas_differ" else open_[-1:] if deciding else []:
             verdict.noticed[number] = incident["time"] - left["time"]
             verdict.told[number] = incident["message"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from meshloom.benchmarks.fire.faults import KINDS, LAYOUTS, Fault, Schedule, draw, every_phase, read_faults
+from meshloom.benchmarks.fire.faults import KINDS, LAYOUTS, SEVERAL_MACHINES, Fault, Schedule, draw, every_phase, read_faults
 from meshloom.benchmarks.fire.injector import fired_file, flip_bit
 from meshloom.benchmarks.fire.report import report
 from meshloom.benchmarks.fire.rows import Result, from_row, to_row
@@ -25,7 +25,7 @@ def test_a_seed_and_a_number_give_the_same_schedule() -> None:
     drawn = [draw(3, number) for number in range(200)]
     assert drawn == [draw(3, number) for number in range(200)] != [draw(4, number) for number in range(200)]
     assert {fault.kind for schedule in drawn for fault in schedule.faults} == set(KINDS)
-    assert {schedule.layout for schedule in drawn} == set(LAYOUTS)
+    assert {schedule.layout for schedule in drawn} == {*LAYOUTS, *SEVERAL_MACHINES}
     for schedule in drawn:
         steps = [fault.step for fault in schedule.faults]
         assert steps == sorted(set(steps)) and steps[0] > 3 and steps[-1] < schedule.steps
@@ -64,6 +64,13 @@ def incident(kind: str, rank: int | None, time: float = 12.5, **details: Any) ->
     return {"kind": kind, "rank": rank, "time": time, "message": f"{kind} of {rank}", "details": details}
 
 
+@pytest.mark.parametrize(("kind", "code", "open_end"), [("kill", 77, True), ("kill", 76, False), ("kill_again", 76, True)])
+def test_who_may_end_before_the_last_step(kind: str, code: int, open_end: bool) -> None:
+    run = left(kind, [incident("death", 1)], {1: SAME[1]})
+    run.codes = [code]
+    assert judge(run).open_end is judge(run).same is open_end
+
+
 @pytest.mark.parametrize(
     ("kind", "incidents", "noticed", "wrong"),
     [
@@ -78,7 +85,17 @@ def incident(kind: str, rank: int | None, time: float = 12.5, **details: Any) ->
         ("clock", [incident("hang", 0)], False, 1),
         ("flip_gradient", [incident("replicas_differ", 1, odd=[1])], False, 1),
         ("full_disk", [incident("error", 0)], True, 0),
+        ("full_disk", [incident("save_failed", None)], True, 0),
         ("bad_sample", [incident("bad_step", 2, samples=[])], True, 0),
+        ("kill_node", [incident("node_lost", None)], True, 0),
+        ("kill_node", [incident("death", 0)], False, 1),
+        (
+            "kill_again",
+            [incident("death", 1, said="starting again"), incident("death", 1, said="so not started again")],
+            True,
+            0,
+        ),
+        ("kill_again", [incident("death", 1, said="starting again")], False, 0),
     ],
 )
 def test_a_run_is_judged(kind: str, incidents: list[dict[str, Any]], noticed: bool, wrong: int) -> None:

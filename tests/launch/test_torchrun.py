@@ -154,6 +154,37 @@ def test_an_agent_whose_launcher_is_gone_ends() -> None:
     assert not runs(int(told.stdout))
 
 
+LOSES_ITS_STORE = """
+import datetime, os, sys
+from meshloom.launch.agent import hush_torch
+if sys.argv[1] == "hushed":
+    hush_torch()
+from torch.distributed import TCPStore
+listening, telling = os.pipe()
+if os.fork() == 0:
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    os.write(telling, str(store.port).encode())
+    store.wait(["lost"])
+    os._exit(0)
+store = TCPStore("127.0.0.1", int(os.read(listening, 9)), None, False, timeout=datetime.timedelta(seconds=60))
+store.set("lost", "")
+try:
+    store.wait(["never"])
+except RuntimeError:
+    print("lost", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(("mode", "traces"), [("hushed", False), ("as it is", True)])
+def test_a_lost_store_prints_no_trace_of_cpp(mode: str, traces: bool) -> None:
+    """The second case notices a PyTorch that prints none by itself."""
+    variables = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}
+    command = [sys.executable, "-c", LOSES_ITS_STORE, mode]
+    found = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout == "lost\n" and ("frame #0" in found.stderr) is traces
+
+
 @pytest.mark.parametrize(("override", "several"), [("launch.nproc=2", True), ("launch.nproc=1", False)])
 def test_agent_starts_before_the_build_and_ends_on_refusal(
     override: str, several: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
