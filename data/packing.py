@@ -6,7 +6,7 @@ import os
 from bisect import bisect_left, insort
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config.cache import build_once
 from ..config.lazy import numpy as np
@@ -156,6 +156,16 @@ def best_fit(lengths: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int6
     return np.argsort(bin_of, kind="stable"), np.searchsorted(np.sort(bin_of), np.arange(bins + 1))
 
 
+def mapped(path: Path) -> NDArray[Any]:
+    """Map an array that `np.save` has written. `np.load` would open the file three times, on every rank of a run."""
+    with path.open("rb") as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{path} is not as `np.save` writes it")
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        assert not fortran_order
+        return np.asarray(np.memmap(file, dtype, "r", file.tell(), shape))
+
+
 class BestFit:
     """Best-fit packing ("Fewer Truncations", arXiv 2404.10830).
 
@@ -179,9 +189,7 @@ class BestFit:
         kind = "bestfit" if version == 1 else f"bestfit{version}"
         folder = cache / "packings" / f"{kind}-{seq_len}-{shards.fingerprint[:16]}"
         build_once(folder, self._build)
-        self._starts, self._lengths, self._bins = (
-            np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("starts", "lengths", "bins")
-        )
+        self._starts, self._lengths, self._bins = (mapped(folder / f"{name}.npy") for name in ("starts", "lengths", "bins"))
 
     def _build(self, folder: Path) -> None:
         documents = self._shards.document_lengths()

@@ -24,7 +24,10 @@ def _import() -> None:
     """
     import torch.distributed.run  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
-    from ..trainer import run  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    # Most runs' data and optimizer, too, which their configs name: else every rank would read these modules.
+    from ..data import nodes  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    from ..optim.optimizers import adamw  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    from ..trainer import machine_gpus, run  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from . import rank  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 
