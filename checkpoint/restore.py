@@ -73,6 +73,7 @@ def restore(
     strict: bool = True,
     timeout: float = 600.0,
     group: ProcessGroup | None = None,
+    may_leave: Callable[[str], bool] = lambda key: False,
 ) -> RestoreReport:
     """Fill the fragments' tensors from a step's folder, or from the newest good step of a folder of checkpoints.
 
@@ -85,6 +86,7 @@ def restore(
 
     strict: refuse if a fragment has no stored array of its shape, or if a stored array is wanted by no rank. Otherwise
     what fits is restored and the rest is reported. Element types may always differ; the values are converted.
+    may_leave: whether the stored array of a key need not be wanted by any rank, although strict.
 
     group: a process group of the same ranks, with a CPU backend, that nothing else uses meanwhile. With it each byte that
     several ranks need is read by one of them and passed on.
@@ -96,13 +98,19 @@ def restore(
     mine = list(fragments)
     talk = control.begin("restore", timeout)
     try:
-        return _restore(location, mine, talk, strict, group, began)
+        return _restore(location, mine, talk, strict, group, may_leave, began)
     finally:
         talk.leave()
 
 
 def _restore(
-    location: str | Path, mine: list[Fragment], talk: Round, strict: bool, group: ProcessGroup | None, began: float
+    location: str | Path,
+    mine: list[Fragment],
+    talk: Round,
+    strict: bool,
+    group: ProcessGroup | None,
+    may_leave: Callable[[str], bool],
+    began: float,
 ) -> RestoreReport:
     skipped: list[str] = []
     for candidate in _candidates(location, talk):
@@ -112,6 +120,7 @@ def _restore(
             match = _match(step, mine, strict)
             if group is None or _all_matched(talk, True):
                 prepared, answer = _read(match, group)
+                answer["unused"] = [key for key in answer["unused"] if not may_leave(key)]
             else:
                 answer = {"unused": []}  # another rank says why
         except DamageError as error:

@@ -143,7 +143,7 @@ def resolve_evaluation(arguments: EvaluateArguments) -> ResolvedRun:
     from ..trainer.machine import process_problems
     from ..trainer.machine_gpus import machine_here
     from ..trainer.resolve import ResolveOptions, resolve
-    from ..trainer.resumed_config import saved_islands
+    from ..trainer.resumed_config import recipe_islands
 
     checkpoint = find_checkpoint(arguments.checkpoint, "checkpoint")
     state = checkpoint_manifest(checkpoint).state
@@ -164,7 +164,7 @@ def resolve_evaluation(arguments: EvaluateArguments) -> ResolvedRun:
         tokenizer=tokenizer_beside(checkpoint) if chosen else None,
     )
     words = [*arguments.words, f"resume={quoted(str(checkpoint))}"]
-    if saved_islands(state) != 1:
+    if recipe_islands(state) != 1:
         words.append("optim.local.islands=1")  # a checkpoint's weights are those that its islands agreed on
     return resolve(words, options, arguments.config_dir)
 

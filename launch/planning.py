@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..config.nodes import Custom
+from ..config.precision import PRECISIONS
 from ..config.problems import ConfigError, Problem
 from ..optim.build import build_controller
 from ..optim.optimizers.matrix_config import MatrixOptimConfig
@@ -149,21 +150,22 @@ def plan_of(
     notes = list(notices)
     parallel, samples = config.parallel, config.batch.samples
     assert isinstance(samples, int)
-    layout = planned_layout(config, planned_processes(config.launch))
+    processes = planned_processes(config.launch)
+    layout, islands = planned_layout(config, processes), config.islands_on(processes)
     if not config.model.vocabulary:
         vocabulary = config.data.known_vocabulary
         notes.append(f"a vocabulary of {vocabulary:,} tokens, as data.vocabulary asks for; the tokenizer has the last word")
     if config.batch.name != "fixed":
         notes.append(f"the batch size changes during the run; these are the figures of its start, {samples} samples")
-    assigner = assigner_of(config, layout)
+    assigner = assigner_of(config, layout, islands)
     controller = build_controller(config.batch, build_horizon(config, config.data.seq_len))
     blanks = blank_notice(assigner, controller, Progress())
     if blanks is not None and parallel.hdp == "none":
         notes.append(blanks)
     if config.optim.local.active:
         notes.append(
-            f"optim.local: these are the figures of one of {config.optim.local.islands} islands, which are alike; what travels"
-            " between islands is not in them"
+            f"optim.local: these are the figures of one of {islands} islands, which are alike; the time in which"
+            " differences travel is not in them"
         )
     model = inventory_of(config)
     job = job_of(config, model.shape, assigner, fused=fused)
@@ -182,6 +184,8 @@ def plan_of(
     if dealt is not None:  # not all rows are full
         ranks = [replace(rank, flops=rank.flops * dealt.filled) for rank in cost.ranks]
         cost = replace(cost, ranks=ranks, model_flops=cost.model_flops * dealt.filled)
+    if config.optim.local.active:
+        notes.append(_exchange_note(config, cost))
     shares = [rank.experts / rank.elements for rank in cost.ranks]
     needs = checkpoint_needs(config.checkpoint, layout, held, shares)
     notes += [*describe(away), *describe_needs(needs), *_exchanges(config, layout)]
@@ -191,6 +195,18 @@ def plan_of(
         *_caveats(parallel),
     ]
     return Plan(model, parallel, layout, job, drawn(cost, model.shape, parallel, job), away, needs, samples, notes, dealt)
+
+
+def _exchange_note(config: RunConfig, cost: LayoutCost) -> str:
+    """Say what an exchange between islands needs: differences, and all of them in one buffer, of a fragment's elements."""
+    local, rank = config.optim.local, cost.ranks[0]
+    arrays = 1 if local.delay else 2
+    need = arrays * rank.elements * PRECISIONS[config.precision].accum_bytes
+    at_most = "at most, of its largest fragment" if local.fragments > 1 else "of all weights that it updates"
+    return (
+        f"optim.local: an exchange takes {need / 2**30:.3g} GiB more on a rank ({at_most}), between steps, when no activations"
+        " are there"
+    )
 
 
 def spared_by_fusing(plan: Plan, config: RunConfig) -> int:

@@ -101,8 +101,11 @@ class StepLoss:
 class OuterSteps(Protocol):
     """Local updating: what an island does together with the others. The loop calls it after a step that counts."""
 
-    def count(self, step: int, tokens: torch.Tensor) -> None:
-        """Note the tokens that the island has learned from in a step. A step that is taken again replaces itself."""
+    def count(self, step: int, tokens: torch.Tensor, loss: torch.Tensor) -> None:
+        """Note the tokens that the island has learned from in a step, and its mean loss of them.
+
+        A step that is taken again replaces itself.
+        """
         ...
 
     def due(self, step: int, *, last: bool) -> bool:
@@ -118,7 +121,7 @@ class OuterSteps(Protocol):
         ...
 
     def numbers(self) -> dict[str, float]:
-        """Return what exchanges have cost this rank since the last call: see docs/local_updating.md. Empty without any."""
+        """Return numbers for the metrics: see docs/local_updating.md. Those of exchanges are what came since the last call."""
         ...
 
 

@@ -167,6 +167,12 @@ class Mesh:
         )
         return replace(self, inner=inner, across=across)
 
+    def group_of_hosts(self) -> dist.ProcessGroup:
+        """Make a gloo group of all processes of the run, of all islands. Every process must call it."""
+        group = dist.new_group(timeout=ACROSS_LIMIT * self.limit, backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        return group
+
     @property
     def island(self) -> Mesh:
         """The processes that take steps together: this mesh, or that of its island."""

@@ -55,6 +55,7 @@ from .hooks.expert_load import WarnOfCollapse
 from .hooks.expert_map import ExpertMap
 from .hooks.garbage import CollectGarbage
 from .hooks.hybrid_waiting import MeasureWaiting
+from .hooks.island_history import IslandHistory
 from .hooks.loggers.defaults import default_loggers
 from .hooks.profiling import ProfileStep
 from .hooks.replicas import CompareReplicas
@@ -273,6 +274,7 @@ def _build(
             "tokenizer": data.tokenizer.fingerprint if data.tokenizer is not None else None,
             "end_of_document": data.tokenizer.end_of_document if data.tokenizer is not None else None,
             "layout": mesh.layout.describe(),
+            "islands": mesh.layout.islands,
         }
         _compare_replicas(hooks, config)
         saving = Saving(checkpointer, config.checkpoint.every, fixed, functools.partial(_stages_state, place, data))
@@ -281,6 +283,8 @@ def _build(
     if config.tasks.names:  # behind the hook that saves: a step that is due for both is saved first
         hooks.append(_task_evaluation(config, build, data, settings.compute, tokenizer_settings))
     if mesh.is_main:
+        if engine.islands is not None:
+            hooks.append(IslandHistory())
         if mesh.layout.world_size > 1:
             hooks.append(NameStragglers())
         if MeasureWaiting.can_measure(dealer):

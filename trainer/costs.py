@@ -61,14 +61,13 @@ def optimizer_of(config: RunConfig) -> OptimizerBytes:
 
 def planned_layout(config: RunConfig, world_size: int) -> Layout:
     """Return the layout that is planned: under local updating that of an island, all of which are alike."""
-    islands = config.optim.local.islands
-    return Layout.plan(config.parallel, world_size, islands).of_one_island()
+    return Layout.plan(config.parallel, world_size, config.islands_on(world_size)).of_one_island()
 
 
-def assigner_of(config: RunConfig, layout: Layout) -> Assigner:
-    """Return what deals global batches to the data ranks."""
+def assigner_of(config: RunConfig, layout: Layout, islands: int = 1) -> Assigner:
+    """Return what deals global batches to the data ranks of this layout, which is that of one of so many islands."""
     can_run = functools.partial(legal_micro_batches, config.parallel)
-    return Assigner(layout.data_size, can_run, config.optim.compares_halves(), config.optim.local.islands)
+    return Assigner(layout.data_size, can_run, config.optim.compares_halves(), islands)
 
 
 def job_of(config: RunConfig, shape: DecoderConfig, assigner: Assigner, *, fused: bool | None) -> Job:
@@ -134,13 +133,13 @@ class Costing:
 
     def __init__(self, config: RunConfig, world_size: int, cluster: ClusterConfig) -> None:
         self._model, self._optimizer = inventory_of(config), optimizer_of(config)
-        self._layout = planned_layout(config, world_size)
+        self._layout, self._islands = planned_layout(config, world_size), config.islands_on(world_size)
         self._cluster = replace(cluster, gpus=world_size)
 
     def predict(self, config: RunConfig) -> Prediction:
         """Predict the run of a config of the same model, optimizer and layout."""
         samples = config.batch.start
-        job = job_of(config, self._model.shape, assigner_of(config, self._layout), fused=None)
+        job = job_of(config, self._model.shape, assigner_of(config, self._layout, self._islands), fused=None)
         cost, away, _ = costs_of(self._model, config.parallel, self._layout, job, self._optimizer)
         step = Step(self._model.shape, config.parallel, self._layout, job, cost, away, self._cluster)
         step = replace(step, matrices=matrices_of(config.optim, self._model), saving=config.checkpoint)

@@ -68,7 +68,7 @@ class Fitting:
             text = f"is recipe under {MICRO_SIDE.when}: every stage would find another"
             return _usual(config, left), [Problem(MICRO, f"{FITTED} {text}", "give a number, for each stage if need be")]
         problems: list[Problem] = []
-        if sound and start.world_size and not layout_problems(config.parallel, start.world_size, config.optim.local.islands):
+        if sound and start.world_size and not _layout_problems(config, start):
             try:
                 machine = self.machine(config)
                 if machine is not None:
@@ -88,6 +88,10 @@ class Fitting:
         return config
 
 
+def _layout_problems(config: RunConfig, start: Start) -> list[Problem]:
+    return layout_problems(config.parallel, start.world_size, config.islands_on(start.world_size))
+
+
 def _usual(config: RunConfig, left: Sequence[str], micro: int = USUAL) -> RunConfig:
     return replace_keys(config, {key: {MICRO: micro, ACTIVATION: "none"}[key] for key in left})
 
@@ -104,7 +108,7 @@ def _largest_batch(config: RunConfig) -> int | None:
 
 def _share(config: RunConfig, start: Start) -> int:
     """Return the samples of a data rank in that step."""
-    islands = config.optim.local.islands
+    islands = config.islands_on(start.world_size)
     data = islands * (Layout.plan(config.parallel, start.world_size, islands).data_size if start.world_size else 1)
     return -(-(_largest_batch(config) or 1) // data)
 
@@ -140,7 +144,7 @@ def _is_refused(config: RunConfig, start: Start) -> bool:
 
 def _sized(config: RunConfig, start: Start, left: Sequence[str]) -> RunConfig:
     """Return usual values: the largest micro-batch up to the default that nothing is against."""
-    if start.world_size and layout_problems(config.parallel, start.world_size, config.optim.local.islands):
+    if start.world_size and _layout_problems(config, start):
         return _usual(config, left)
     micros = [micro for micro in reversed(_micros(config, start)) if micro <= USUAL]
     tried = [_usual(config, left, micro) for micro in micros]

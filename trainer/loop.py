@@ -221,17 +221,17 @@ class Loop:
         self.progress = before.after(count, count * self.horizon.seq_len)
         heartbeat.beat(Phase.EXCHANGE)
         counts = self._record(start, lr, done, numbers, moments, share)
-        return counts and self._join_islands(tokens, skip)
+        return counts and self._join_islands(tokens, scalars["loss"], skip)
 
-    def _join_islands(self, tokens: torch.Tensor, skip: torch.Tensor | None = None) -> bool:
+    def _join_islands(self, tokens: torch.Tensor, loss: torch.Tensor, skip: torch.Tensor | None = None) -> bool:
         """Exchange with other islands what is due after the step just recorded. Return whether the step counts.
 
-        tokens: of the island's part of the step's batch; skip: 1 on the device if it has not learned from them
+        tokens, loss: of the island's part of the step's batch; skip: 1 on the device if it has not learned from them
         """
         islands, after = self.engine.islands, self.progress
         if islands is None:
             return True
-        islands.count(after.step, tokens if skip is None else tokens * (1 - skip))
+        islands.count(after.step, tokens if skip is None else tokens * (1 - skip), loss)
         if islands.due(after.step, last=self.finished):
             if not self.deliver_metrics(keep=0):  # what others see must be good, and can't be taken back
                 return False
@@ -256,7 +256,7 @@ class Loop:
         self.progress = before.after(count, count * self.horizon.seq_len)
         numbers = Deferred({"loss": zero, "grad_norm": zero, **signals}, self._own_work)
         counts = self._record(start, 0.0, DeviceTimestamp(self.mesh.device), numbers, None, share, learned=False)
-        return counts and self._join_islands(zero)
+        return counts and self._join_islands(zero, zero)
 
     def sum_over_ranks(self, valid_tokens: int, stop_requested: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Sum over all ranks of the island, in one collective: valid tokens of the batch, signals to end the run, and own work.

@@ -70,7 +70,9 @@ def collect_problems(group: str, check: Callable[[], Iterable[Problem]]) -> list
 
 
 def _layout(config: RunConfig, start: Start) -> Iterable[Problem]:
-    return layout_problems(config.parallel, start.world_size, config.optim.local.islands) if start.world_size else ()
+    if not start.world_size:
+        return ()
+    return layout_problems(config.parallel, start.world_size, config.islands_on(start.world_size))
 
 
 def _local(config: RunConfig, _: Start) -> Iterable[Problem]:
@@ -99,7 +101,7 @@ def _decoder(config: RunConfig, start: Start) -> Iterable[Problem]:
     shape = config.model.decoder()
     if not start.world_size or shape is None or config.parallel.engine != "torch":
         return ()
-    size, islands = start.world_size, config.optim.local.islands
+    size, islands = start.world_size, config.islands_on(start.world_size)
     if size % islands:  # as `_layout` says
         return ()
     return layout_and_model_problems(config.parallel, layout_work(config, shape), size // islands)

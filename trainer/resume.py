@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..data.version import rules_version
 from ..parallel.engine import Engine
 from ..parallel.fragment import REMAINDER, Fragment
 from ..parallel.mesh import Mesh
-from ..parallel.torch.islands import of_first_island
+from ..parallel.torch.islands import for_islands_of, is_of_absent_island
 from .all_ranks import from_main
 from .build import Run, build_control
 from .checkpoint_fit import optimizer_change
@@ -55,9 +56,15 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
             log.warning("optim: the state of %s is left out, and that of %s begins anew", *change)
     else:
         loop.engine.prepare_restore()
-        islands = saved_islands(stated)
-        fragments = [of_first_island(fragment, islands) for fragment in loop.engine.fragments()]
-        report = _restore(loop.mesh, checkpoint, fragments, run.place, strict=config.checkpoint.strict)
+        saved, strict = saved_islands(stated), config.checkpoint.strict
+        others_lost = config.optim.local.quorum is not None
+        fragments = for_islands_of(loop.engine.fragments(), saved, others_lost=others_lost)
+        present = loop.mesh.layout.islands
+
+        def may_leave(key: str) -> bool:
+            return others_lost and is_of_absent_island(key, present)
+
+        report = _restore(loop.mesh, checkpoint, fragments, run.place, strict=strict, may_leave=may_leave)
         _refuse_other_weights(loop.mesh, checkpoint, report)
         _load_counters(loop, report)
     state = report.state
@@ -150,7 +157,13 @@ def _same_rules(state: dict[str, Any], data: DataNode, checkpoint: Path | str) -
 
 
 def _restore(
-    mesh: Mesh, checkpoint: Path | str, fragments: list[Fragment], place: Place | None, *, strict: bool
+    mesh: Mesh,
+    checkpoint: Path | str,
+    fragments: list[Fragment],
+    place: Place | None,
+    *,
+    strict: bool,
+    may_leave: Callable[[str], bool] = lambda key: False,
 ) -> RestoreReport:
     """Restore on all ranks. Each byte is read by one rank, which sends it to others through a temporary process group.
 
@@ -159,7 +172,8 @@ def _restore(
     group = dist.new_group(backend="gloo") if mesh.layout.world_size > 1 else None
     assert not isinstance(group, int), "every process is a member"
     try:
-        report = restore(checkpoint, fragments, build_control(mesh, "restore", place), strict=strict, group=group)
+        control = build_control(mesh, "restore", place)
+        report = restore(checkpoint, fragments, control, strict=strict, group=group, may_leave=may_leave)
     finally:
         if group is not None:
             dist.destroy_process_group(group)

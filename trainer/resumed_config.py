@@ -66,7 +66,12 @@ def saved_config(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def saved_islands(state: Mapping[str, Any]) -> int:
-    """Return how many islands (`optim.local`) a checkpoint's run had; 1 for an import, and for runs that knew none."""
+    """Return how many islands (`optim.local`) a checkpoint is of; 1 for an import, and for runs that knew none."""
+    return state.get("islands", recipe_islands(state))
+
+
+def recipe_islands(state: Mapping[str, Any]) -> int:
+    """Return how many islands the recipe of a checkpoint's run asks for, of which some may have been lost."""
     optim = (state.get("config") or {}).get("optim") or {}
     return (optim.get("local") or {}).get("islands", 1)
 

@@ -226,7 +226,7 @@ def _next_stage(planned: ResolvedRun, mesh: Mesh) -> ResolvedRun | None:
 
 
 def _layout_of(run: ResolvedRun) -> Layout:
-    return Layout.plan(run.config.parallel, run.world_size, run.config.optim.local.islands)
+    return Layout.plan(run.config.parallel, run.world_size, run.config.islands_on(run.world_size))
 
 
 def _mesh_of(run: ResolvedRun, mesh: Mesh) -> Mesh:

@@ -104,6 +104,11 @@ class RunConfig:
         values = {"batch.samples": self.batch and self.batch.samples, "optim.lr": self.optim and self.optim.lr}
         return [name for name, value in values.items() if isinstance(value, str)]
 
+    def islands_on(self, processes: int) -> int:
+        """Return how many islands (`optim.local`) so many processes make."""
+        parallel = self.parallel
+        return self.optim.local.present(processes, max(1, parallel.pp * parallel.cp * parallel.tp))
+
     @property
     def left_to_plan(self) -> list[str]:
         """Keys whose values a plan has still to decide, by what fits."""

@@ -35,8 +35,10 @@ def start_summary(config: RunConfig, run: Run) -> Iterator[str]:
     yield ", ".join(length)
     if (local := config.optim.local).active:
         size, turns = loop.island.layout.island_ranks, f" in {local.fragments} turns" if local.fragments > 1 else ""
+        present = loop.mesh.layout.islands
+        told = f"{present} of {local.islands}" if present < local.islands else f"{present}"
         yield (
-            f"{local.islands} islands of {counted(size, 'process')}, which join what they have learned every"
+            f"{told} islands of {counted(size, 'process')}, which join what they have learned every"
             f" {local.inner_steps} steps{turns} (optim.local); the loss of steps is the first island's"
         )
     if not loop.engine.masks_updates:

@@ -9,6 +9,7 @@ from ...config.keys import Side, key
 from ...config.problems import Problem
 from ..optimizers.bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, bound_problems, choice_problems
 
+AGGREGATES = ("mean", "flag")
 DTYPES = ("fp32", "bf16", "int8")
 
 
@@ -19,6 +20,7 @@ class LocalConfig:
     SIDE: ClassVar[Side] = Side.RECIPE
 
     islands: int = key(1, "groups of processes that exchange nothing in a step; 1: every step is taken together")
+    quorum: int | None = key(None, "islands with which a run goes on that has lost others; null: all of them are needed")
     inner_steps: int = key(100, "steps that islands take by themselves between two outer steps of a weight")
     lr: float = key(0.7, "rate of the outer optimizer, SGD on the mean difference; 1 without momentum averages weights")
     momentum: float = key(0.9, "momentum of the outer optimizer")
@@ -26,12 +28,24 @@ class LocalConfig:
     fragments: int = key(1, "groups of layers that take their outer steps in turns, for fewer bytes at once")
     delay: int = key(0, "steps that islands go on while differences travel; inner_steps: one round late (CO2)")
     mix: float = key(0.0, "weight of an island's own weights where it takes over the outer ones, for steps taken in the delay")
+    clip: float | None = key(None, "bound on each element of the outer momentum, as in CO2; null: none")
+    aggregate: str = key(
+        "mean", "of differences: mean, by tokens; flag: Flag Aggregator, which bounds what one island can spoil"
+    )
     dtype: str = key("fp32", "in which differences travel: fp32 (the masters' own), bf16 or int8 (by blocks of 256)")
 
     @property
     def active(self) -> bool:
-        """True if there are several islands."""
+        """True if the run is one of several islands, be others than one lost."""
         return self.islands > 1
+
+    def present(self, processes: int, smallest: int = 1) -> int:
+        """Return how many islands so many processes make: `islands` if they can, otherwise the most from `quorum` on.
+
+        smallest: processes of the smallest island. Where nothing fits, returns `islands`, for which the layout is refused.
+        """
+        counts = range(self.islands, (self.quorum or self.islands) - 1, -1)
+        return next((count for count in counts if processes % (count * smallest) == 0), self.islands)
 
     @property
     def arrays(self) -> int:
@@ -41,12 +55,25 @@ class LocalConfig:
     def problems(self, key: str = "optim.local") -> list[Problem]:
         """Return what is wrong with the values."""
         found = bound_problems(key, COUNT, islands=self.islands, inner_steps=self.inner_steps, fragments=self.fragments)
+        if self.quorum is not None:
+            found += bound_problems(key, COUNT, quorum=self.quorum)
         found += bound_problems(key, POSITIVE, lr=self.lr)
         found += bound_problems(key, FRACTION, momentum=self.momentum, mix=self.mix)
         found += bound_problems(key, NOT_NEGATIVE, delay=self.delay)
         found += choice_problems(key, "dtype", self.dtype, DTYPES)
+        found += choice_problems(key, "aggregate", self.aggregate, AGGREGATES)
+        if self.clip is not None:
+            found += bound_problems(key, POSITIVE, clip=self.clip)
         if found:
             return found
+        if self.quorum is not None and self.active and self.quorum > self.islands:
+            message = f"{self.quorum} islands are more than there are"
+            found.append(Problem(f"{key}.quorum", message, f"use {self.islands} at most"))
+        if self.clip is not None and not self.momentum:
+            found.append(Problem(f"{key}.clip", "there is no momentum", f"use {key}.clip=null, or {key}.momentum=0.2"))
+        if self.aggregate == "flag" and self.active and self.islands < 3:
+            message = "of two islands nobody can tell which is wrong"
+            found.append(Problem(f"{key}.aggregate", message, f"use {key}.aggregate=mean, or three islands or more"))
         if self.nesterov and not self.momentum:
             found.append(Problem(f"{key}.nesterov", "there is no momentum", f"use {key}.nesterov=false, or {key}.momentum=0.9"))
         if self.fragments > self.inner_steps:

@@ -2,7 +2,8 @@
 
 x is the outer weight, d the mean over islands of (x − an island's weight), each counted by the tokens it has learned from:
 
-    m ← momentum · m + d        x ← x − lr · (d + momentum · m)    with Nesterov's momentum
+    m ← momentum · m + d        where `clip` is given, then cut to [−clip, clip]
+                                x ← x − lr · (d + momentum · m)    with Nesterov's momentum
                                 x ← x − lr · m                     without
 
 DiLoCo (arXiv 2311.08105) takes Nesterov's at 0.7 and 0.9; CO2 (arXiv 2401.16265) the heavy ball, one round late; local SGD
@@ -33,6 +34,9 @@ def outer_step(
         moving = list(momenta)
         torch._foreach_mul_(moving, config.momentum)
         torch._foreach_add_(moving, differences)
+        if config.clip is not None:
+            torch._foreach_clamp_min_(moving, -config.clip)
+            torch._foreach_clamp_max_(moving, config.clip)
         if config.nesterov:
             torch._foreach_add_(differences, moving, alpha=config.momentum)
         else:

@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.distributed as dist
 
 from ...models.protocol import Model
 from ...optim.local.config import LocalConfig
@@ -25,7 +26,7 @@ from ...optim.optimizers.own_arrays import RUN
 from ..box import Box
 from ..fragment import Fragment
 from ..mesh import Mesh
-from .travel import Flight, Route
+from .travel import Flight, GramSum, Route, Said
 from .weights import Weights
 
 OUTER_MOMENTUM, DIFFERENCE, ISLAND_WEIGHT, ROUND = "outer_momentum", "difference", "island_weight", "islands.round"
@@ -78,22 +79,32 @@ class Islands:
     turns: list[Turn]
     rounds: Rounds = field(init=False)
     _tokens: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
+    _losses: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
+    _joint_loss: float | None = None
     _round: torch.Tensor = field(init=False)
+    _absent: torch.Tensor = field(init=False)
     _begun: bool = False
 
     def __post_init__(self) -> None:
         self.rounds = Rounds(self.config)
-        size = 1, 1 + 3 * len(self.turns)
-        self._round = torch.full(size, _UNKNOWN, dtype=torch.float64, device=self.mesh.device)
+        counted = 1 + 3 * len(self.turns)
+        self._round, self._absent = (
+            torch.full((rows, counted), _UNKNOWN, dtype=torch.float64, device=self.mesh.device)
+            for rows in (1, self.config.islands - self.present)
+        )
 
     @classmethod
     def of(cls, config: LocalConfig, mesh: Mesh, weights: Weights, layers: Mapping[str, int | None]) -> Islands:
         """Make it over weights that have their initial values. layers: of each weight"""
 
+        hosts = mesh.group_of_hosts() if config.aggregate == "flag" else None
+        copies = mesh.weight_axes["dense"].copies
+
         def turn(names: Sequence[str]) -> Turn:
             own = [weights.local[name].tensor.detach() for name in names]
-            copies = mesh.weight_axes["dense"].copies
-            route = Route(mesh, copies, wire_of(config.dtype), [each.shape for each in own], own[0] if own else None)
+            counts = [copies.size() / weights.placed[name].copies for name in names]
+            gram = None if hosts is None else GramSum(hosts, counts)
+            route = Route(mesh, copies, wire_of(config.dtype), [each.shape for each in own], own[0] if own else None, gram)
             momenta = [torch.zeros_like(each) for each in own] if config.momentum else []
             difference = [torch.zeros_like(each) for each in own] if config.delay else []
             return Turn(names, own, [each.clone() for each in own], momenta, difference, route)
@@ -101,10 +112,16 @@ class Islands:
         turns = [turn(names) for names in Rounds(config).split({name: layers[name] for name in weights.local})]
         return cls(config, mesh, weights, turns)
 
-    def count(self, step: int, tokens: torch.Tensor) -> None:
+    @property
+    def present(self) -> int:
+        """The number of islands that take part: all of the recipe's, or fewer where others are lost."""
+        return 1 if self.mesh.across is None else self.mesh.across.size()
+
+    def count(self, step: int, tokens: torch.Tensor, loss: torch.Tensor) -> None:
         """See `engine.OuterSteps`."""
         self._begun = True
         self._tokens[step] = tokens
+        self._losses[step] = torch.where(tokens > 0, loss * tokens, 0.0)  # that of a step that was skipped may be no number
 
     def due(self, step: int, *, last: bool) -> bool:
         """Return whether something leaves or arrives after this step. last: of the run, after which nothing may be under way"""
@@ -142,6 +159,7 @@ class Islands:
                 _copy(turn.own, turn.outer)
         oldest = min(turn.sent_at for turn in self.turns)
         self._tokens = {at: tokens for at, tokens in self._tokens.items() if at > oldest}
+        self._losses = {at: loss for at, loss in self._losses.items() if at > oldest}
         self.weights.masters_written()
         return stops
 
@@ -160,12 +178,16 @@ class Islands:
 
     def _send(self, turn: Turn, leaving: list[torch.Tensor], step: int, *, stop: bool, last: bool) -> None:
         due = step if last else step + self.config.delay
-        tokens, turn.sent_at, turn.before = float(self._tokens_since(turn)), step, 0.0
-        turn.flight = turn.route.send(leaving, due, tokens, stop=stop)
+        tokens, loss = float(self._tokens_since(turn)), _sum_since(self._losses, turn.sent_at)
+        said = Said(tokens, stop, float(loss), tokens - turn.before)
+        turn.sent_at, turn.before = step, 0.0
+        turn.flight = turn.route.send(leaving, due, said)
 
     def _arrive(self, turn: Turn) -> bool:
         assert turn.flight is not None
         mean, stops = turn.route.receive(turn.flight)
+        if turn.flight.loss is not None:
+            self._joint_loss = turn.flight.loss
         turn.flight = None
         outer_step(self.config, turn.outer, turn.momenta, mean)
         if self.config.mix and turn.own:
@@ -177,8 +199,7 @@ class Islands:
 
     def _tokens_since(self, turn: Turn) -> torch.Tensor | float:
         """Return the tokens that the island has learned from since differences left last; on the device, if there are some."""
-        later = [tokens.double().reshape(()) for step, tokens in self._tokens.items() if step > turn.sent_at]
-        return torch.stack(later).sum() + turn.before if later else turn.before
+        return _sum_since(self._tokens, turn.sent_at) + turn.before
 
     def numbers(self) -> dict[str, float]:
         """See `engine.OuterSteps`."""
@@ -186,7 +207,10 @@ class Islands:
         sent, waited = sum(route.sent_bytes for route in routes), sum(route.wait_seconds for route in routes)
         for route in routes:
             route.sent_bytes, route.wait_seconds = 0, 0.0
-        return {"islands/bytes": sent, "islands/wait_seconds": waited} if sent or waited else {}
+        exchanged = {"islands/bytes": sent, "islands/wait_seconds": waited} if sent or waited else {}
+        if self._joint_loss is not None:
+            exchanged["islands/loss"], self._joint_loss = self._joint_loss, None
+        return {"islands/present": self.present, **exchanged}
 
     @contextlib.contextmanager
     def outer_weights(self) -> Generator[None]:
@@ -224,8 +248,10 @@ class Islands:
                     if name in weights:
                         yield replace(weights[name], role=role, tensor=tensor)
         self._note_round()
-        row = Box((island, 0), tuple(self._round.shape))
-        yield Fragment(ROUND, RUN, (self.config.islands, self._round.shape[1]), row, self._round)
+        for first, rows in ((island, self._round), (self.present, self._absent)):
+            if len(rows):
+                shape = self.config.islands, rows.shape[1]
+                yield Fragment(ROUND, RUN, shape, Box((first, 0), tuple(rows.shape)), rows)
 
     def _note_round(self) -> None:
         """Write what the island counts into the array that is saved.
@@ -244,6 +270,7 @@ class Islands:
     def prepare_restore(self) -> None:
         """Mark all that a checkpoint may hold as unknown."""
         self._tokens.clear()
+        self._losses.clear()
         self._begun = False
         self._round.fill_(_UNKNOWN)
 
@@ -251,19 +278,35 @@ class Islands:
     def restored(self) -> None:
         """Go on from what has been restored: send again what was under way. Every rank of all islands must call it.
 
-        Where a checkpoint holds weights alone, or another number of islands, all islands begin at the outer weights.
+        An island that the checkpoint does not hold begins at the outer weights, and adds nothing to what was under way: all of
+        them do where it holds weights alone, or is of a run with another `islands`.
         """
-        told = self._round[0].tolist()
-        known = told[0] == _KNOWN
+        self._absent.fill_(_UNKNOWN)
+        told = self._rounds_told()
+        mine = told[self.mesh.island_number]
+        known = mine[0] == _KNOWN
         for number, turn in enumerate(self.turns):
+            tokens, _, sent = mine[1 + 3 * number :][:3] if known else (0.0, 0.0, 0.0)
+            due = max([row[2 + 3 * number] for row in told if row[0] == _KNOWN], default=0.0)
+            turn.before, turn.sent_at = tokens, 0
             if not known:
                 _copy(turn.own, turn.outer)
-                continue
-            tokens, due, sent = told[1 + 3 * number :][:3]
-            turn.before, turn.sent_at = tokens, 0
-            turn.flight = turn.route.send(turn.difference, round(due), sent, stop=False) if due and turn.difference else None
+                for each in turn.difference:
+                    each.zero_()
+            on_the_way = due and self.config.delay
+            turn.flight = turn.route.send(turn.difference, round(due), Said(sent)) if on_the_way else None
         self._tokens.clear()
+        self._losses.clear()
         self._begun = True
+
+    def _rounds_told(self) -> list[list[float]]:
+        """Return what each island that is present has restored of its round."""
+        told = self._round.cpu()
+        if self.mesh.across is None:
+            return told.tolist()
+        rows = torch.empty(self.present, told.shape[1], dtype=told.dtype)
+        dist.all_gather(list(rows.split(1)), told, self.mesh.across)
+        return rows.tolist()
 
     def finish(self) -> None:
         """Wait for what is under way, which a resumed run sends again."""
@@ -282,6 +325,28 @@ def of_first_island(fragment: Fragment, saved_islands: int) -> Fragment:
     if not island.isdecimal() or int(island) < saved_islands or base in (ISLAND_WEIGHT, DIFFERENCE):
         return fragment
     return replace(fragment, name=base) if fragment.role == RUN else replace(fragment, role=base)
+
+
+def for_islands_of(fragments: Iterable[Fragment], saved_islands: int, *, others_lost: bool) -> list[Fragment]:
+    """Return what a run reads of a checkpoint of so many islands.
+
+    others_lost: whether islands may have come since (`optim.local.quorum`), whose own weights it need not hold
+    """
+    found = [of_first_island(fragment, saved_islands) for fragment in fragments]
+    return [each for each in found if not (others_lost and is_of_absent_island(each.key, saved_islands))]
+
+
+def is_of_absent_island(key: str, present: int) -> bool:
+    """Return whether an array of a checkpoint, by its key, is an island's own, and so many islands are without it."""
+    role, _, name = key.partition("/")
+    _, _, island = (name if role == RUN else role).rpartition("@")
+    return island.isdecimal() and int(island) >= present
+
+
+def _sum_since(numbers: Mapping[int, torch.Tensor], step: int) -> torch.Tensor | float:
+    """Return the sum of the numbers of the steps after this one; on the device, if there are some."""
+    later = [number.double().reshape(()) for at, number in numbers.items() if at > step]
+    return torch.stack(later).sum() if later else 0.0
 
 
 def _copy(into: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:

@@ -20,8 +20,31 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from ...optim.local.aggregate import flag_coefficients, mean_coefficients
 from ...optim.local.wire import Wire
 from ..mesh import Mesh
+
+_CHUNK = 1 << 20
+"""Elements of each island that are taken to float64 at once."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What an island says with its differences.
+
+    tokens       that it has learned them from
+    stop         whether it wants the run to stop
+    loss         the sum of the token losses of the steps since it sent last, as far as it knows them; `loss_tokens` of these
+    """
+
+    tokens: float
+    stop: bool = False
+    loss: float = 0.0
+    loss_tokens: float = 0.0
+
+    def row(self) -> torch.Tensor:
+        """Return it as numbers, (1, 4)."""
+        return torch.tensor([[self.tokens, float(self.stop), self.loss, self.loss_tokens]], dtype=torch.float64)
 
 
 @dataclass
@@ -30,10 +53,12 @@ class Flight:
 
     due     the step after which their mean is used
     tokens  that this island has learned them from
+    loss    the mean loss of all islands' tokens in the steps in which they learned them; None: not known
     """
 
     due: int
     tokens: float
+    loss: float | None = None
     thread: threading.Thread | None = None
     mean: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     stops: bool = False
@@ -47,6 +72,30 @@ class Flight:
             raise self.error
 
 
+@dataclass(frozen=True)
+class GramSum:
+    """Takes the scalar products of the islands' differences over all shards, for the Flag Aggregator.
+
+    group   of all ranks of all islands, gloo's, which nothing else uses
+    counts  by shard, how much it counts: where ranks hold copies of it that do not share the work, a part
+    """
+
+    group: dist.ProcessGroup
+    counts: Sequence[float]
+
+    def sum(self, parts: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+        """Return the products (K, K) in float64, of this rank's parts (K, n) and those of the others. A collective.
+
+        counts: (n,), of each element; None: all count once
+        """
+        gram = torch.zeros(len(parts), len(parts), dtype=torch.float64)
+        for first in range(0, parts.shape[1], _CHUNK):
+            chunk = parts[:, first : first + _CHUNK].double()
+            gram += (chunk if counts is None else chunk * counts[first : first + _CHUNK]) @ chunk.T
+        dist.all_reduce(gram, group=self.group)
+        return gram
+
+
 class Route:
     """The way of one group of shards. All shards have the same dtype and device.
 
@@ -57,20 +106,36 @@ class Route:
     _newest: threading.Thread | None = None  # of all routes of the process: they share a process group
 
     def __init__(
-        self, mesh: Mesh, copies: DeviceMesh, wire: Wire, shapes: Sequence[torch.Size], like: torch.Tensor | None
+        self,
+        mesh: Mesh,
+        copies: DeviceMesh,
+        wire: Wire,
+        shapes: Sequence[torch.Size],
+        like: torch.Tensor | None,
+        gram: GramSum | None = None,
     ) -> None:
-        """copies: ranks of the island that hold the same shards; like: one of the shards, None: there is none here"""
-        assert mesh.across is not None
-        self._across, self._islands, self._wire, self._shapes = mesh.across, mesh.across.size(), wire, shapes
+        """copies: ranks of the island that hold the same shards; like: one of the shards, None: there is none here
+
+        gram: by which differences become one by the Flag Aggregator; None: by their mean
+        """
+        self._across, self._wire, self._shapes = mesh.across, wire, shapes
+        self._islands = 1 if mesh.across is None else mesh.across.size()  # where all others are lost, nothing travels
         self._copies = copies
         self._device = mesh.device if like is None else like.device
         self._dtype = torch.float32 if like is None else like.dtype
         self._numel = sum(map(prod, shapes))
         unit = copies.size() * self._islands * wire.block
         self._part = max(1, -(-self._numel // unit)) * wire.block
+        self._gram = gram
+        self._counts: torch.Tensor | None = None  # of my part, how much each element counts in scalar products
+        if gram is not None and any(each != 1 for each in gram.counts):
+            spread = torch.ones(unit // wire.block * self._part, dtype=torch.float64)
+            numbers = torch.tensor(gram.counts, dtype=torch.float64)
+            spread[: self._numel] = numbers.repeat_interleave(torch.tensor([prod(shape) for shape in shapes]))
+            self._counts = spread.view(copies.size(), self._islands, self._part)[copies.get_local_rank(), mesh.island_number]
         self.sent_bytes, self.wait_seconds = 0, 0.0
 
-    def send(self, differences: Sequence[torch.Tensor], due: int, tokens: float, *, stop: bool) -> Flight:
+    def send(self, differences: Sequence[torch.Tensor], due: int, said: Said) -> Flight:
         """Send differences off. They may be written to afterwards."""
         numbers = torch.zeros(self._copies.size() * self._islands * self._part, dtype=self._dtype, device=self._device)
         if differences:
@@ -78,35 +143,48 @@ class Route:
         mine = numbers.view(self._copies.size(), self._islands, self._part)[self._copies.get_local_rank()]
         sent = self._wire.encode(mine).cpu()
         self.sent_bytes += 2 * sent.numel() // self._islands * (self._islands - 1)
-        flight = Flight(due, tokens)
+        flight = Flight(due, said.tokens)
         flight.thread = threading.Thread(
-            target=self._travel, args=(flight, sent, stop, Route._newest), name="between-islands", daemon=True
+            target=self._travel, args=(flight, sent, said, Route._newest), name="between-islands", daemon=True
         )
         Route._newest = flight.thread
         flight.thread.start()
         return flight
 
     @torch.no_grad()
-    def _travel(self, flight: Flight, sent: torch.Tensor, stop: bool, before: threading.Thread | None) -> None:
+    def _travel(self, flight: Flight, sent: torch.Tensor, said: Said, before: threading.Thread | None) -> None:
         try:
             if before is not None:
                 before.join()
-            said = torch.tensor([[flight.tokens, float(stop)]], dtype=torch.float64)
-            all_said = torch.empty(self._islands, 2, dtype=torch.float64)
-            dist.all_gather(list(all_said.split(1)), said, self._across)
-            received = torch.empty_like(sent)
-            dist.all_to_all_single(received, sent, group=self._across)
+            all_said = self._of_all(said.row())
+            received = sent
+            if self._across is not None:
+                received = torch.empty_like(sent)
+                dist.all_to_all_single(received, sent, group=self._across)
             parts = self._wire.decode(received, self._dtype)
-            shares = (all_said[:, 0] / all_said[:, 0].sum().clamp(min=1)).tolist()
             mean = torch.zeros(1, self._part, dtype=self._dtype)
-            for part, share in zip(parts, shares, strict=True):  # in the order of the islands, on all of them
-                mean[0].add_(part, alpha=share)
-            back = self._wire.encode(mean)
-            everything = torch.empty(self._islands, back.shape[-1], dtype=torch.uint8)
-            dist.all_gather(list(everything.split(1)), back, self._across)
-            flight.mean, flight.stops = everything, bool(all_said[:, 1].any())
+            for part, share in zip(parts, self._coefficients(parts, all_said[:, 0]), strict=True):
+                if share:  # what counts for nothing need not be finite
+                    mean[0].add_(part, alpha=share)  # in the order of the islands, on all of them
+            loss, tokens = all_said[:, 2:].sum(0).tolist()
+            flight.loss = loss / tokens if tokens else None
+            flight.mean, flight.stops = self._of_all(self._wire.encode(mean)), bool(all_said[:, 1].any())
         except BaseException as error:
             flight.error = error
+
+    def _coefficients(self, parts: torch.Tensor, tokens: torch.Tensor) -> list[float]:
+        """Return how much of each island's difference there is in what they become. parts: (K, n) of them, tokens: (K,)"""
+        if self._gram is None:
+            return mean_coefficients(tokens).tolist()
+        return flag_coefficients(self._gram.sum(parts, self._counts), tokens).tolist()
+
+    def _of_all(self, row: torch.Tensor) -> torch.Tensor:
+        """Return the rows (1, n) of all islands, (K, n)."""
+        if self._across is None:
+            return row
+        rows = row.new_empty(self._islands, row.shape[-1])
+        dist.all_gather(list(rows.split(1)), row, self._across)
+        return rows
 
     def receive(self, flight: Flight) -> tuple[list[torch.Tensor], bool]:
         """Return the mean of all islands' differences, each counted by its tokens, and whether one of them asked to stop.

@@ -46,6 +46,15 @@ def test_says_what_is_blank(capsys: pytest.CaptureFixture[str]) -> None:
     assert "blank" not in out
 
 
+def test_says_what_an_exchange_between_islands_needs() -> None:
+    """The differences, and a buffer for them, of a quarter of the weights; with a delay the differences are kept anyway."""
+    words = [*LLAMA, "launch.nproc=8", "optim.local.islands=2"]
+    bytes_of_both = 8 * 1_498_482_688 / 4  # 2.79 GiB
+    for gib, more in ((bytes_of_both / 2**30, []), (bytes_of_both / 2**31, ["optim.local.delay=100"])):
+        (note,) = [each for each in make_plan([*words, *more]).notes if "an exchange takes" in each]
+        assert f"{gib:.3g} GiB more on a rank (of all weights" in note
+
+
 def test_figures_are_those_of_arithmetic() -> None:
     plan = make_plan([*LLAMA, "launch.nproc=8", "parallel.zero=1"])
     parameters = 1_498_482_688

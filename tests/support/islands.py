@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from meshloom.data.assignment import Assigner
 from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch
 from meshloom.models.init import fill
+from meshloom.parallel.torch.islands import ISLAND_WEIGHT
+from meshloom.trainer.hooks.base import Hook
+from meshloom.trainer.loop import Loop
 from support.models import decoder
 from support.parity import HELD_OUT, UnevenSamples, Work, build, sample, take_steps
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses of an island's steps, and of an evaluation of the outer weights after them."""
+    """Losses of an island's steps, of an evaluation of the outer weights after them, and of all islands where they meet."""
 
     losses: list[float]
     evaluated: float
+    joint_losses: list[float] = field(default_factory=list[float])
+
+
+@dataclass
+class Sent:
+    """What islands have sent of the weights of a turn, and from how many tokens each has learned it. due: when it is used"""
+
+    due: int
+    tokens: list[int]
+    differences: list[dict[str, torch.Tensor]]
+
+    def joined(self, aggregate: str) -> dict[str, torch.Tensor]:
+        """Return the mean difference, by tokens, or that of the Flag Aggregator."""
+        names = self.differences[0]
+        shares = [each / max(1, sum(self.tokens)) for each in self.tokens]
+        if aggregate == "flag":
+            rows = np.stack([torch.cat([each[name].flatten() for name in names]).numpy() for each in self.differences])
+            flat = torch.from_numpy(flag_aggregate(rows, np.array(shares)))
+            pieces = flat.split([each.numel() for each in names.values()])
+            return {name: piece.view_as(each) for (name, each), piece in zip(names.items(), pieces, strict=True)}
+        return {name: sum(s * d[name] for s, d in zip(shares, self.differences, strict=True)) for name in names}  # type: ignore[misc]
 
 
 def _model(work: Work) -> torch.nn.Module:
@@ -41,8 +67,30 @@ def _layer_of(name: str) -> int | None:
     return int(name.split(".")[1]) if name.startswith("layers.") else None
 
 
-def plain_islands(work: Work) -> list[Curve]:
+def flag_aggregate(rows: np.ndarray, shares: np.ndarray, iterations: int = 300) -> np.ndarray:
+    """Return the Flag Aggregator's sum of rows, by singular vectors of the whole rows, with rank 1. From the paper's text."""
+    norms = np.linalg.norm(rows, axis=1)
+    columns, weights = (rows / norms[:, None]).T, np.ones(len(rows))
+    for _ in range(iterations):
+        y = np.linalg.svd(columns * weights, full_matrices=False)[0][:, 0]
+        weights = (1 - (y @ columns) ** 2 + 1e-7) ** -0.25
+    return np.median(norms) * y * (y @ (columns @ shares))
+
+
+@dataclass(frozen=True)
+class Spoilt:
+    """An island multiplies its weights by a factor, before the update of a step (counted from 1)."""
+
+    island: int
+    step: int
+    factor: float
+
+
+def plain_islands(work: Work, present: Mapping[int, int] | None = None, spoilt: Spoilt | None = None) -> list[Curve]:
     """Train islands one after another, step by step. From the papers, without anything of `optim/local/`.
+
+    present: step (counted from 1) → islands from there on. The last ones are lost, and with them what they have not sent, or
+    what is under way of theirs. One that comes begins at the outer weights, with the first one's optimizer state.
 
     What an island has learned and not sent is the sum of its steps' changes. Where an island takes over a mean after a part of
     a round (Streaming DiLoCo), it is what then still lies between the outer weights and its own.
@@ -62,19 +110,30 @@ def plain_islands(work: Work) -> list[Curve]:
     ]
     unsent = [{name: torch.zeros_like(weight) for name, weight in outer.items()} for _ in models]
     tokens = [[0] * count for _ in turns]
-    flights: list[tuple[int, dict[str, torch.Tensor]] | None] = [None for _ in turns]
+    flights: list[Sent | None] = [None for _ in turns]
     losses: list[list[float]] = [[] for _ in models]
 
     @torch.no_grad()
-    def send(turn: int) -> dict[str, torch.Tensor]:
-        shares = [each / sum(tokens[turn]) for each in tokens[turn]]
-        tokens[turn] = [0] * count
-        mean = {name: torch.zeros_like(outer[name]) for name in turns[turn]}
-        for share, held in zip(shares, unsent, strict=True):
-            for name in turns[turn]:
-                mean[name] += share * held[name]
-                held[name] = torch.zeros_like(held[name])
-        return mean
+    def send(turn: int, due: int) -> Sent:
+        sent = Sent(due, tokens[turn], [{name: held[name] for name in turns[turn]} for held in unsent])
+        tokens[turn] = [0] * len(models)
+        for held in unsent:
+            held.update({name: torch.zeros_like(held[name]) for name in turns[turn]})
+        return sent
+
+    def change_to(now: int) -> None:
+        del models[now:], inner[now:], unsent[now:]
+        for sent in flights:
+            if sent is not None:
+                del sent.tokens[now:], sent.differences[now:]
+        while len(models) < now:
+            models.append(copy.deepcopy(outer_model))
+            inner.append(_inner(work, models[-1]))
+            inner[-1].load_state_dict(copy.deepcopy(inner[0].state_dict()))
+            unsent.append({name: torch.zeros_like(weight) for name, weight in outer.items()})
+            losses.append([])
+        for each in tokens:
+            each[now:] = [0] * (now - len(each))
 
     @torch.no_grad()
     def take_over(turn: int) -> None:
@@ -85,29 +144,31 @@ def plain_islands(work: Work) -> list[Curve]:
                 if local.delay < local.inner_steps:
                     held[name] = outer[name] - own[name]
 
-    def arrive(turn: int, mean: dict[str, torch.Tensor]) -> None:
-        for name, each in mean.items():
+    def arrive(turn: int, sent: Sent) -> None:
+        for name, each in sent.joined(local.aggregate).items():
             outer[name].grad = each
         joins[turn].step()
         take_over(turn)
 
     def close_round(turn: int, step: int, last: bool) -> None:
         flight = flights[turn]
-        if flight is not None and (last or flight[0] == step):
-            arrive(turn, flight[1])
+        if flight is not None and (last or flight.due == step):
+            arrive(turn, flight)
             flights[turn] = None
         offset = (turn + 1) * local.inner_steps // local.fragments
         if last or step % local.inner_steps == offset % local.inner_steps:
-            mean = send(turn)
+            sent = send(turn, step + local.delay)
             if last or local.delay == 0:
-                arrive(turn, mean)
+                arrive(turn, sent)
                 return
-            flights[turn] = (step + local.delay, mean)
+            flights[turn] = sent
             if local.delay == local.inner_steps:  # CO2: a round begins at the outer weights
                 take_over(turn)
 
     for step in range(1, work.steps + 1):
-        first = (step - 1) * work.samples
+        if present and step in present:
+            change_to(present[step])
+        first, count = (step - 1) * work.samples, len(models)
         for island, (model, optimizer) in enumerate(zip(models, inner, strict=True)):
             cut = [work.samples * part // count for part in (island, island + 1)]
             loss, learned = _loss(model, range(first + cut[0], first + cut[1]))
@@ -115,6 +176,9 @@ def plain_islands(work: Work) -> list[Curve]:
             if work.max_norm is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), work.max_norm)
             before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+            if spoilt is not None and (island, step) == (spoilt.island, spoilt.step):
+                with torch.no_grad():
+                    torch._foreach_mul_(list(model.parameters()), spoilt.factor)
             optimizer.step()
             optimizer.zero_grad()
             losses[island].append(loss.item())
@@ -139,19 +203,33 @@ def _inner(work: Work, model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=work.lr, betas=work.betas, eps=1e-8)
 
 
-def trained_islands(rank: int, world_size: int, works: Sequence[Work]) -> list[tuple[int, Curve]]:
+@dataclass
+class Spoil(Hook):
+    """Does that in the trainer's loop."""
+
+    spoilt: Spoilt
+
+    def before_update(self, loop: Loop) -> None:
+        if (loop.mesh.island_number, loop.progress.step + 1) != (self.spoilt.island, self.spoilt.step):
+            return
+        for fragment in loop.engine.fragments():
+            if fragment.role.startswith(ISLAND_WEIGHT):
+                fragment.tensor.mul_(self.spoilt.factor)
+
+
+def trained_islands(rank: int, world_size: int, works: Sequence[Work], spoilt: Spoilt | None = None) -> list[tuple[int, Curve]]:
     """Body for `run_ranks`: of each work the island of this rank, and its curve, by the trainer's own loop."""
     found: list[tuple[int, Curve]] = []
     for work in works:
         try:
             engine = build(work, world_size)
             mesh = engine.mesh  # type: ignore[attr-defined]
-            done = take_steps(engine, work, range(work.steps))
+            done = take_steps(engine, work, range(work.steps), *([] if spoilt is None else [Spoil(spoilt)]))
             dealer = Assigner(mesh.layout.data_size)
             held_out = dealer.load(UnevenSamples(False), GlobalBatch(HELD_OUT, work.samples), work.micro, mesh.data_rank)
             evaluated = float(engine.evaluate(held_out.micro_batches).mean)
             engine.finish()
-            found.append((mesh.island_number, Curve(done.losses, evaluated)))
+            found.append((mesh.island_number, Curve(done.losses, evaluated, done.joint_losses)))
         except Exception as error:
             error.add_note(f"in {work}")
             raise

@@ -97,7 +97,8 @@ def sample(index: int, documents: bool = False) -> Sample:
 
 def build(work: Work, world_size: int, measures: bool = False) -> Engine:
     """An engine for this process of a run over `world_size`."""
-    mesh = Mesh.connect(Layout.plan(work.parallel, world_size, work.local.islands), torch.device("cpu")).island
+    islands = work.local.present(world_size, work.parallel.tp)
+    mesh = Mesh.connect(Layout.plan(work.parallel, world_size, islands), torch.device("cpu")).island
 
     def optimizer(parameters: list[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
         if work.sgd:
@@ -135,7 +136,8 @@ class UnevenSamples:
 def assigner(mesh: Mesh, work: Work) -> Assigner:
     """Return the assigner that deals the work's batches."""
     can_run = functools.partial(legal_micro_batches, work.parallel)
-    return Assigner(mesh.layout.data_size, can_run, work.halves, work.local.islands, mesh.island_number)
+    islands = 1 if mesh.across is None else mesh.across.size()
+    return Assigner(mesh.layout.data_size, can_run, work.halves, islands, mesh.island_number)
 
 
 def dealer(mesh: Mesh, work: Work) -> Dealer:
@@ -169,8 +171,10 @@ class Recorder(Hook):
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self.joint_losses: list[float] = []  # of all islands
 
     def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
+        self.joint_losses += [row["islands/loss"]] if "islands/loss" in row else []
         self.losses.append(row["loss"])
         self.norms.append(row["grad_norm"])
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from meshloom.checkpoint.restore import read_state
 from meshloom.launch.evaluate import read_arguments, resolve_evaluation
 from meshloom.trainer.evaluate import evaluate
 from support.ranks import run_ranks
@@ -69,6 +70,19 @@ def test_runs_go_on_with_fewer_islands_and_more(tmp_path: Path, whole: Path) -> 
     assert list(rows(tmp_path / "again", "loss")) == [9, 10]
 
 
+def test_a_run_with_a_quorum_goes_on_when_islands_go_and_come(tmp_path: Path, whole: Path) -> None:
+    """Under `checkpoint.strict`, and its checkpoints and metrics say who took part."""
+    words = [*ROUNDS, *LATE, "optim.local.quorum=1"]
+    go(1, tmp_path / "one", *words, "trainer.steps=8", f"resume={whole}/checkpoints/step-00000007")
+    go(2, tmp_path / "two", *words, f"resume={tmp_path}/one/checkpoints/step-00000008")
+    present = rows(tmp_path / "one", "islands/present") | rows(tmp_path / "two", "islands/present")
+    assert present == {8: 1, 9: 2, 10: 2}
+    state = read_state(tmp_path / "two/checkpoints/step-00000010")
+    assert state["hooks"]["IslandHistory"] == {"since": [[1, 2], [8, 1], [9, 2]]} and state["islands"] == 2
+    step = f"{tmp_path}/one/checkpoints/step-00000008"
+    assert run_ranks(1, evaluated, step) == [pytest.approx(rows(tmp_path / "one", "eval_loss")[8], rel=1e-9)]
+
+
 def test_a_signal_to_one_island_stops_all_where_they_meet(tmp_path: Path) -> None:
     """Under CO2 that is where the first round arrives and the second leaves, which the only checkpoint must know of."""
     words = ["optim.local={islands:2,inner_steps:2,delay:2,lr:1,momentum:0.2,nesterov:false}", "trainer.steps=7"]
@@ -92,7 +106,8 @@ def test_an_island_that_skips_a_step_adds_nothing_to_the_mean(tmp_path: Path) ->
     local = "optim.local={islands:2,inner_steps:1,lr:1,momentum:0,nesterov:false}"
     go(2, tmp_path / "islands", *words, local, SPOIL % (1, 1), "trainer.on_bad_step=skip")
     go(1, tmp_path / "alone", *words, "batch.samples=4")
-    evaluated = rows(tmp_path / "islands", "eval_loss")
+    evaluated, joint = (rows(tmp_path / "islands", key) for key in ("eval_loss", "islands/loss"))
+    assert joint == {2: pytest.approx(rows(tmp_path / "alone", "loss")[1], rel=1e-9)}
     assert evaluated[1] == pytest.approx(rows(tmp_path / "alone", "eval_loss")[1], rel=1e-9)
     parameters = 61 * 16 + 2 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 24 * 16 + 2 * 16) + 16
     assert rows(tmp_path / "islands", "islands/bytes") == {2: 8 * parameters}

@@ -32,8 +32,8 @@ EACH = {
         " norm_max momentum trust initial adamw_lr adamw_betas adamw_eps nesterov ns_steps scale beta2 shampoo_beta max_dim"
         " damping rank scaling growth seed decay_power clip block min_size"
         " per_head history fisher_damping period sign_scale beta3 alpha rise step_power"
-        " local.islands local.inner_steps local.lr local.momentum local.nesterov local.fragments local.delay local.mix"
-        " local.dtype",
+        " local.islands local.quorum local.inner_steps local.lr local.momentum local.nesterov local.fragments local.delay"
+        " local.mix local.clip local.aggregate local.dtype",
         PLACEMENT: "fused",
     },
     "batch": {

@@ -29,7 +29,18 @@ def test_what_can_not_be_is_refused_by_key() -> None:
     assert keys(inner_steps=2, delay=2, mix=0.5) == keys(mix=0.5) == {"optim.local.mix"}
     assert keys(momentum=0.0) == {"optim.local.nesterov"}
     assert keys(dtype="fp8") == {"optim.local.dtype"}
+    assert keys(quorum=3) == keys(quorum=0) == {"optim.local.quorum"} and keys(quorum=1) == set()
+    assert keys(aggregate="median") == keys(aggregate="flag") == {"optim.local.aggregate"}  # of two islands
+    assert keys(clip=0.0) == {"optim.local.clip"} and keys(clip=1.0, momentum=0.0, nesterov=False) == {"optim.local.clip"}
     assert keys(lr=0.0) == {"optim.local.lr"}
+
+
+def test_as_many_islands_as_processes_make_take_part() -> None:
+    """All where they can; otherwise the most down to the quorum, of at least the processes of one model."""
+    four = LocalConfig(islands=4, quorum=2)
+    assert [four.present(processes) for processes in (4, 8, 3, 6, 2, 10)] == [4, 4, 3, 3, 2, 2]
+    assert [four.present(processes, smallest=2) for processes in (8, 6, 4)] == [4, 3, 2]
+    assert LocalConfig(islands=4).present(3) == four.present(1) == four.present(7) == 4  # for which the layout is refused
 
 
 def test_arrays_that_islands_keep_are_counted_for_the_plan() -> None:

@@ -14,7 +14,7 @@ from meshloom.parallel.box import Box
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.fragment import Fragment
 from meshloom.parallel.torch.islands import of_first_island
-from support.islands import Curve, plain_islands, trained_islands
+from support.islands import Curve, Spoilt, plain_islands, trained_islands
 from support.parity import Work, plain_run
 from support.ranks import run_ranks
 
@@ -82,13 +82,39 @@ def test_islands_train_as_models_joined_by_pytorchs_sgd(ranks: int) -> None:
     assert [len({rank[at][1].evaluated for rank in results}) for at in range(len(cases))] == [1] * len(cases)
 
 
+SPOILT = Spoilt(island=1, step=2, factor=-30.0)
+FLAG = replace(ROUND, islands=3, aggregate="flag")
+SPOILT_CASES: dict[int, list[tuple[LocalConfig, ParallelConfig]]] = {
+    3: [(FLAG, ALONE), (replace(FLAG, aggregate="mean"), ALONE), (replace(FLAG, fragments=2), ALONE)],
+    6: [(FLAG, ParallelConfig(tp=2, zero=1)), (FLAG, ParallelConfig(zero=0))],
+}
+"""Number of ranks, in three islands → (method, layout of an island)."""
+
+
+@pytest.mark.parametrize("ranks", SPOILT_CASES)
+def test_an_island_of_wrong_weights_breaks_the_mean_and_not_the_flag(ranks: int) -> None:
+    """The aggregator agrees with one by singular vectors of the whole differences, also where ranks hold parts of them."""
+    works = [replace(WORK, local=local, parallel=parallel, steps=6) for local, parallel in SPOILT_CASES[ranks]]
+    results = run_ranks(ranks, trained_islands, works, SPOILT)
+    good = plain_islands(replace(WORK, local=FLAG, steps=6))[0].evaluated
+    for at, work in enumerate(works):
+        expected = plain_islands(work, spoilt=SPOILT)
+        limit = TOLERANCE if work.local.aggregate == "flag" else 1e-6  # losses of broken weights are ill-conditioned
+        for island, found in (rank[at] for rank in results):
+            assert difference(expected[island], found) < limit, work
+        worse = expected[0].evaluated / good
+        assert 0.99 < worse < 1.01 if work.local.aggregate == "flag" else worse > 2
+
+
 def test_one_step_of_sgd_averaged_is_synchronous_training() -> None:
     """Each island divides its loss by its own tokens, and the mean is weighted by them: together that is rule R2's loss."""
     one = LocalConfig(islands=2, inner_steps=1, lr=1.0, momentum=0.0, nesterov=False)
     work = replace(WORK, local=one, sgd=True, lr=0.5, max_norm=None)
-    synchronous = plain_run(replace(work, local=SYNCHRONOUS)).losses[-1]
+    synchronous = plain_run(replace(work, local=SYNCHRONOUS)).losses
     for ((_, found),) in run_ranks(2, trained_islands, [work]):
-        assert found.evaluated == pytest.approx(synchronous, rel=TOLERANCE)
+        assert found.evaluated == pytest.approx(synchronous[-1], rel=TOLERANCE)
+        assert found.joint_losses == pytest.approx(synchronous[: len(found.joint_losses)], rel=TOLERANCE)
+        assert len(found.joint_losses) == work.steps - 1  # no row comes after the last exchange
 
 
 def test_islands_that_a_checkpoint_lacks_begin_with_the_state_of_the_first() -> None:
