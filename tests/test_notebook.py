@@ -26,6 +26,19 @@ def test_the_notebook_is_of_format_4_5() -> None:
     assert [cell["id"] for cell in cells("code") if "parameters" in cell["metadata"].get("tags", [])] == ["parameters"]
 
 
+def test_the_notebook_shows_the_outputs_of_its_cells() -> None:
+    """Stored by one execution from top to bottom: with its picture, small, without an error or a path of the machine."""
+    assert NOTEBOOK.stat().st_size < 300_000
+    executed = cells("code")
+    assert [cell["execution_count"] for cell in executed] == list(range(1, len(executed) + 1))
+    outputs = {cell["id"]: cell["outputs"] for cell in executed}
+    assert [name for name, found in outputs.items() if not found] == ["parameters"]
+    assert any("image/png" in each["data"] for each in outputs["plot"])
+    assert "largest relative difference of 40 losses" in json.dumps(outputs["promise"])
+    told = json.dumps(list(outputs.values()))
+    assert not any(word in told for word in ("Traceback", '"error"', "/tmp/", "/home/", "/root/"))
+
+
 def test_the_cells_of_the_notebook_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With parameters of its own: a tiny model on a page of text, and another micro-batch in place of two processes."""
     pytest.importorskip("matplotlib").use("Agg")
