@@ -12,40 +12,68 @@ from typing import Any, Protocol
 from ..config.names import leads_outside
 from .errors import CheckpointError, DamageError
 
+_ABSENT = (FileNotFoundError, NotADirectoryError)
+
 
 class Files(Protocol):
-    """The operations on a file system that reading, listing and committing need."""
+    """The operations on a folder that reading, listing and committing need. Each kind of folder has the underscored ones."""
 
     def label(self, name: str = "") -> str:
         """Return the name of the file, or of the folder itself, for messages."""
-        ...
-
-    def names(self) -> list[str]:
-        """Names of the files and folders directly inside; empty if the folder does not exist."""
         ...
 
     def child(self, name: str) -> Files:
         """A folder inside."""
         ...
 
+    def reader(self, name: str) -> contextlib.AbstractContextManager[RangeReader]:
+        """Open a file for reading ranges. Raises DamageError if it is missing or can't be read."""
+        ...
+
+    def _names(self) -> list[str]: ...
+
+    def _size(self, name: str) -> int: ...
+
+    def _sizes(self) -> dict[str, int]: ...
+
+    def _read(self, name: str) -> bytes: ...
+
+    def names(self) -> list[str]:
+        """Names of the files and folders directly inside; empty if the folder does not exist."""
+        try:
+            return sorted(self._names())
+        except _ABSENT:
+            return []
+
     def size(self, name: str) -> int | None:
         """Length of a file in bytes; None if there is none. Raises DamageError if that can't be told."""
-        ...
+        try:
+            return self._size(name)
+        except _ABSENT:
+            return None
+        except OSError as error:
+            raise DamageError(self.label(name), f"asking for its length failed: {error}") from error
 
     def sizes(self) -> dict[str, int]:
         """Lengths in bytes of all files directly inside, by one listing; empty if the folder does not exist.
 
         Raises DamageError if that can't be told.
         """
-        ...
+        try:
+            return self._sizes()
+        except _ABSENT:
+            return {}
+        except OSError as error:
+            raise DamageError(self.label(), f"asking for the lengths of its files failed: {error}") from error
 
     def read(self, name: str) -> bytes:
         """A whole small file. Raises FileNotFoundError, or DamageError if it is there and can't be read."""
-        ...
-
-    def reader(self, name: str) -> contextlib.AbstractContextManager[RangeReader]:
-        """Open a file for reading ranges. Raises DamageError if it is missing or can't be read."""
-        ...
+        try:
+            return self._read(name)
+        except _ABSENT:
+            raise FileNotFoundError(self.label(name)) from None
+        except OSError as error:
+            raise DamageError(self.label(name), f"reading it failed: {error}") from error
 
 
 class RangeReader(Protocol):
@@ -60,7 +88,7 @@ class RangeReader(Protocol):
         ...
 
 
-class LocalFiles:
+class LocalFiles(Files):
     """A folder of a mounted file system."""
 
     def __init__(self, path: Path) -> None:
@@ -70,45 +98,23 @@ class LocalFiles:
         """See Files."""
         return str(self.path / name)
 
-    def names(self) -> list[str]:
-        """See Files."""
-        try:
-            return sorted(entry.name for entry in self.path.iterdir())
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-
-    def child(self, name: str) -> Files:
+    def child(self, name: str) -> LocalFiles:
         """See Files."""
         return LocalFiles(self.path / name)
 
-    def size(self, name: str) -> int | None:
-        """See Files."""
-        try:
-            return (self.path / name).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise DamageError(self.label(name), f"asking for its length failed: {error}") from error
+    def _names(self) -> list[str]:
+        return [entry.name for entry in self.path.iterdir()]
 
-    def sizes(self) -> dict[str, int]:
-        """See Files."""
-        try:
-            with os.scandir(self.path) as entries:
-                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-        except OSError as error:
-            raise DamageError(self.label(), f"asking for the lengths of its files failed: {error}") from error
+    def _size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
 
-    def read(self, name: str) -> bytes:
-        """See Files."""
+    def _sizes(self) -> dict[str, int]:
+        with os.scandir(self.path) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+    def _read(self, name: str) -> bytes:
         self._refuse_outside(name)
-        try:
-            return (self.path / name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            raise FileNotFoundError(self.label(name)) from None
-        except OSError as error:
-            raise DamageError(self.label(name), f"reading it failed: {error}") from error
+        return (self.path / name).read_bytes()
 
     @contextlib.contextmanager
     def reader(self, name: str) -> Generator[RangeReader]:
@@ -156,7 +162,18 @@ class _LocalReader:
             done += count
 
 
-class RemoteFiles:
+@contextlib.contextmanager
+def _as_os_errors() -> Generator[None]:
+    """Raise errors of an object store's own library (missing credentials, say) as OSError, as file systems do."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+class RemoteFiles(Files):
     """A folder of a file system that fsspec gives access to. There are no renames: a checkpoint's manifest comes last."""
 
     def __init__(self, system: Any, path: str) -> None:
@@ -167,52 +184,30 @@ class RemoteFiles:
         """See Files."""
         return self.system.unstrip_protocol(self._join(name))
 
-    def names(self) -> list[str]:
-        """See Files."""
-        try:
-            with _as_os_errors():
-                self.system.invalidate_cache(self.path)
-                return sorted(PurePosixPath(found).name for found in self.system.ls(self.path, detail=False))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-
     def child(self, name: str) -> RemoteFiles:
         """See Files."""
         return RemoteFiles(self.system, self._join(name))
 
-    def size(self, name: str) -> int | None:
-        """See Files."""
+    @_as_os_errors()
+    def _names(self) -> list[str]:
+        self.system.invalidate_cache(self.path)
+        return [PurePosixPath(found).name for found in self.system.ls(self.path, detail=False)]
+
+    @_as_os_errors()
+    def _size(self, name: str) -> int:
         path = self._join(name)
-        try:
-            with _as_os_errors():
-                self.system.invalidate_cache(path)  # another rank may have written since a folder was listed here
-                return int(self.system.size(path))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise DamageError(self.label(name), f"asking for its length failed: {error}") from error
+        self.system.invalidate_cache(path)  # another rank may have written since a folder was listed here
+        return int(self.system.size(path))
 
-    def sizes(self) -> dict[str, int]:
-        """See Files."""
-        try:
-            with _as_os_errors():
-                self.system.invalidate_cache(self.path)
-                found = self.system.ls(self.path, detail=True)
-                return {PurePosixPath(each["name"]).name: int(each["size"]) for each in found if each["type"] == "file"}
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-        except OSError as error:
-            raise DamageError(self.label(), f"asking for the lengths of its files failed: {error}") from error
+    @_as_os_errors()
+    def _sizes(self) -> dict[str, int]:
+        self.system.invalidate_cache(self.path)
+        found = self.system.ls(self.path, detail=True)
+        return {PurePosixPath(each["name"]).name: int(each["size"]) for each in found if each["type"] == "file"}
 
-    def read(self, name: str) -> bytes:
-        """See Files."""
-        try:
-            with _as_os_errors():
-                return self.system.cat_file(self._join(name))
-        except (FileNotFoundError, NotADirectoryError):
-            raise FileNotFoundError(self.label(name)) from None
-        except OSError as error:
-            raise DamageError(self.label(name), f"reading it failed: {error}") from error
+    @_as_os_errors()
+    def _read(self, name: str) -> bytes:
+        return self.system.cat_file(self._join(name))
 
     @contextlib.contextmanager
     def reader(self, name: str) -> Generator[RangeReader]:
@@ -238,10 +233,10 @@ class RemoteFiles:
             self.system.pipe_file(path, data)
         return True
 
+    @_as_os_errors()
     def make(self) -> None:
         """Make the folder itself, where there are folders and this one is not there."""
-        with _as_os_errors():
-            self.system.makedirs(self.path, exist_ok=True)
+        self.system.makedirs(self.path, exist_ok=True)
 
     def delete(self, name: str) -> None:
         """Delete a file or a folder; silent if there is none."""
@@ -273,17 +268,6 @@ class _RemoteReader:
         if len(data) != len(target):
             raise DamageError(self._label, f"the file ends at byte {offset + len(data)}, before byte {offset + len(target)}")
         target[:] = data
-
-
-@contextlib.contextmanager
-def _as_os_errors() -> Generator[None]:
-    """Raise errors of an object store's own library (missing credentials, say) as OSError, as file systems do."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 HUGGING_FACE = "hf:"

@@ -358,7 +358,7 @@ def _make_again(recovery: Recovery, slot: int, group: dict[str, Any], folder: Pa
     return keeper.address, size
 
 
-class MemoryFiles:
+class MemoryFiles(Files):
     """A version in the keepers' memory, read like a step's folder."""
 
     def __init__(self, recovery: Recovery, holders: dict[int, tuple[Address, int]]) -> None:
@@ -369,41 +369,30 @@ class MemoryFiles:
         """See Files."""
         return f"memory of step {self._recovery.step}" + (f"/{name}" if name else "")
 
-    def names(self) -> list[str]:
-        """See Files."""
-        return [MANIFEST, *(data_file_names(slot)[0] for slot in sorted(self._holders))]
-
     def child(self, name: str) -> Files:
         """See Files."""
         raise AssertionError("a version has no folders inside")
 
-    def size(self, name: str) -> int | None:
-        """See Files."""
+    def _names(self) -> list[str]:
+        return [MANIFEST, *(data_file_names(slot)[0] for slot in self._holders)]
+
+    def _size(self, name: str) -> int:
         slot = _slot_of(name)
         if slot not in self._holders:
-            return None
+            raise FileNotFoundError(name)
         length = self._holders[slot][1]
         return length if name.endswith(".safetensors") else (-(-length // LEAF_BYTES) - (-length // BLOCK_BYTES)) * DIGEST_BYTES
 
-    def sizes(self) -> dict[str, int]:
-        """See Files."""
-        names = [name for slot in self._holders for name in data_file_names(slot)]
-        return {name: size for name in names if (size := self.size(name)) is not None}
+    def _sizes(self) -> dict[str, int]:
+        return {name: self._size(name) for slot in self._holders for name in data_file_names(slot)}
 
-    def read(self, name: str) -> bytes:
-        """See Files."""
+    def _read(self, name: str) -> bytes:
         try:
             if name == MANIFEST:
                 return _manifest_of(self._recovery)
-            size = self.size(name)
-            if size is None:
-                raise FileNotFoundError(name)
-            data = bytearray(size)
-            link = Connection(self._holders[_slot_of(name)][0], ASK_SECONDS)
-            try:
+            data = bytearray(self._size(name))
+            with contextlib.closing(Connection(self._holders[_slot_of(name)][0], ASK_SECONDS)) as link:
                 link.fetch(self._recovery.version, "leaves", memoryview(data), 0)
-            finally:
-                link.close()
             return bytes(data)
         except CheckpointError as error:
             raise DamageError(self.label(name), str(error)) from error
