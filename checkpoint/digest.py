@@ -57,15 +57,15 @@ def leaf_digests_by_many(data: memoryview, workers: int) -> bytes:
         return digests[:]
 
 
-def block_digests(leaves: bytes, leaf_bytes: int = LEAF_BYTES, block_bytes: int = BLOCK_BYTES) -> list[str]:
-    """Hexadecimal digests of the blocks of a file whose leaves have these digests."""
+def block_digests(leaves: bytes, leaf_bytes: int = LEAF_BYTES, block_bytes: int = BLOCK_BYTES) -> bytes:
+    """Digests of the blocks of a file whose leaves have these digests, joined."""
     span = block_bytes // leaf_bytes * DIGEST_BYTES
-    return [xxhash.xxh3_128_hexdigest(leaves[at : at + span]) for at in range(0, len(leaves), span)]
+    return b"".join([xxhash.xxh3_128_digest(leaves[at : at + span]) for at in range(0, len(leaves), span)])
 
 
 def seal(leaves: bytes) -> tuple[bytes, str]:
     """Return the content of the file beside a data file whose leaves have these digests, and that one's digest."""
-    blocks = bytes.fromhex("".join(block_digests(leaves)))
+    blocks = block_digests(leaves)
     return leaves + blocks, text_digest(blocks)
 
 

@@ -76,12 +76,17 @@ def check_lengths(files: Files, manifest: Manifest) -> None:
     """Check that every file is there with its length. Raises DamageError naming the file."""
     sizes = files.sizes()
     for file in manifest.files:
-        fault = next(length_faults(files, manifest, file, sizes), None)
-        if fault is not None:
-            try:
-                raise fault
-            finally:
-                del fault  # or it and this frame would hold each other, and their callers, until garbage is collected
+        check_length(files, manifest, file, sizes)
+
+
+def check_length(files: Files, manifest: Manifest, file: StoredFile, sizes: Mapping[str, int | None]) -> None:
+    """Check the lengths of a data file and of its digests. Raises DamageError naming the file."""
+    fault = next(length_faults(files, manifest, file, sizes), None)
+    if fault is not None:
+        try:
+            raise fault
+        finally:
+            del fault  # or it and this frame would hold each other, and their callers, until garbage is collected
 
 
 def open_whole_step(files: Files) -> Manifest:
@@ -91,7 +96,7 @@ def open_whole_step(files: Files) -> Manifest:
     return manifest
 
 
-def length_faults(files: Files, manifest: Manifest, file: StoredFile, sizes: Mapping[str, int]) -> Iterator[DamageError]:
+def length_faults(files: Files, manifest: Manifest, file: StoredFile, sizes: Mapping[str, int | None]) -> Iterator[DamageError]:
     """List what is wrong with the lengths of a data file and of the file with its digests. sizes: of the folder's files."""
     for name, expected in ((file.name, file.bytes), (file.leaves, manifest.leaves_bytes(file))):
         size = sizes.get(name)

@@ -12,7 +12,6 @@ from ..parallel.box import Box
 from .digest import BLOCK_BYTES, DIGEST_BYTES, HASH_NAME, LEAF_BYTES, text_digest
 from .errors import CheckpointError, DamageError
 from .identity import UNNAMED, RunIdentity
-from .planning.coverage import tiling_fault
 
 if TYPE_CHECKING:
     from .planning.tiling import Tiling
@@ -56,6 +55,11 @@ class StoredBox:
             yield StoredBox(self.box.cut(-1, index * width, width), self.file, start, start + size)
 
 
+def entry_name(key: str, box: Box) -> str:
+    """Name of a box in its file's header."""
+    return f"{key}@{','.join(map(str, box.offsets))}"
+
+
 def entry_shape(box: Box, panels: int) -> tuple[int, ...]:
     """Shape of a box's entry in its safetensors file: (panels, …, columns of a panel), or the box's own."""
     return box.shape if panels == 1 else (panels, *box.shape[:-1], box.shape[-1] // panels)
@@ -65,8 +69,8 @@ def entry_shape(box: Box, panels: int) -> tuple[int, ...]:
 class StoredArray:
     """One named global array. `dtype` as in safetensors; `splits`: logical split points along dim 0.
 
-    boxes   where its values are, up to format version 3 and in other programs' files
-    tiling  how it is cut, as an index into the manifest's tilings, since version 4: the data files' headers say the rest
+    boxes   where its values are, in other programs' files
+    tiling  how it is cut, as an index into the manifest's tilings: the data files' headers say the rest
     turn    where the deal of its parts among the holders of copies begins
     """
 
@@ -100,17 +104,18 @@ class StoredFile:
     """One data file: its length, the file with its leaves' digests, and what proves these.
 
     leaves  empty for another program's file, which has no digests
-    blocks  up to format version 3 the digests of its blocks; since then they lie behind the leaves', and `digest` is theirs
-    rank    that wrote it, and header: bytes before its first value, both since version 4
+    digest  of the digests of its blocks, which lie behind the leaves'
+    rank    that wrote it; header: bytes before its first value
+    blocks  the digests of its blocks themselves, which the manifest had up to format version 3
     """
 
     name: str
     bytes: int
     leaves: str
-    blocks: list[str]
     digest: str = ""
     rank: int = -1
     header: int = 0
+    blocks: bytes = b""
 
     @property
     def has_digests(self) -> bool:
@@ -145,15 +150,17 @@ class Manifest:
         """Total size of the data files."""
         return sum(file.bytes for file in self.files)
 
+    def leaf_count(self, file: StoredFile) -> int:
+        """Number of leaves of a data file."""
+        return -(-file.bytes // self.leaf_bytes)
+
     def leaves_bytes(self, file: StoredFile) -> int:
         """Length of a file with the digests of a data file."""
-        blocks = -(-file.bytes // self.block_bytes) if self.version >= 4 else 0
-        return (-(-file.bytes // self.leaf_bytes) + blocks) * DIGEST_BYTES
+        blocks = 0 if file.blocks else -(-file.bytes // self.block_bytes)
+        return (self.leaf_count(file) + blocks) * DIGEST_BYTES
 
     def count_boxes(self, array: StoredArray) -> int:
         """Number of boxes that an array is stored in."""
-        if array.tiling < 0:
-            return len(array.boxes)
         return self.tilings[array.tiling].count_parts(array.item_bytes)
 
     def encode(self, arrays_text: str | None = None) -> bytes:
@@ -205,6 +212,7 @@ class Manifest:
                 f"this Meshloom reads versions {KNOWN[0]} to {KNOWN[-1]} with {HASH_NAME}"
             )
         files = _files_from_json(content)
+        tilings = _tilings_from_json(content, files, where)
         for name in (name for file in files for name in (file.name, file.leaves)):
             if fault := name_fault(name):
                 raise DamageError(where, fault)
@@ -220,7 +228,7 @@ class Manifest:
             commit=content.get("commit", 0),
             version=content["version"],
             suffix=content.get("suffix", ""),
-            tilings=_tilings_from_json(content.get("tilings"), where),
+            tilings=tilings,
         )
 
 
@@ -231,30 +239,40 @@ def data_file_names(rank: int, suffix: str = "") -> tuple[str, str]:
 
 def _files_from_json(content: dict[str, Any]) -> list[StoredFile]:
     if content["version"] < 4:
-        return [StoredFile(f["name"], f["bytes"], f["leaves"], f["blocks"]) for f in content["files"]]
+        return [
+            StoredFile(f["name"], f["bytes"], f["leaves"], rank=number, blocks=bytes.fromhex("".join(f["blocks"])))
+            for number, f in enumerate(content["files"])
+        ]
     files: list[StoredFile] = []
     for rank, size, header, digest in content["files"]:
         name, leaves = data_file_names(rank, content["suffix"])
-        files.append(StoredFile(name, size, leaves, [], digest, rank, header))
+        files.append(StoredFile(name, size, leaves, digest, rank, header))
     return files
 
 
-def _tilings_from_json(content: dict[str, Any] | None, where: str) -> list[Tiling]:
-    if not content:
+def _tilings_from_json(content: dict[str, Any], files: Sequence[StoredFile], where: str) -> list[Tiling]:
+    """How the arrays are cut. Up to format version 3 each lists its boxes: regions that one file's writer alone holds."""
+    if not content["arrays"]:
         return []
-    from .planning.tiling import decode_tilings  # only where it is used: NumPy takes a tenth of a second
+    from .planning.tiling import decode_tilings, undealt  # only where it is used: NumPy takes a tenth of a second
 
     try:
-        return decode_tilings(content)
-    except (ValueError, KeyError, TypeError) as error:
+        if content["version"] >= 4:
+            return decode_tilings(content["tilings"])
+        tilings: list[Tiling] = []
+        for entry in content["arrays"].values():
+            entry["tiling"] = len(tilings)
+            held = sorted((Box(tuple(b["offsets"]), tuple(b["shape"])), b["file"], b["range"][0]) for b in entry["boxes"])
+            tilings.append(undealt([box for box, _, _ in held], [number for _, number, _ in held]))
+            for _, number, start in held:
+                files[number].header = min(start, files[number].header or start)
+        return tilings
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise DamageError(where, f"how its arrays are cut can't be read: {error}") from error
 
 
 def prove_manifest(manifest: Manifest, where: str) -> None:
-    """Check that the boxes, or the tiling, of every array cover it. Raises DamageError naming the array."""
-    if manifest.version < 4:
-        prove_coverage(manifest.arrays, [file.bytes for file in manifest.files], where)
-        return
+    """Check that the tiling of every array covers it. Raises DamageError naming the array."""
     proved: set[tuple[int, tuple[int, ...]]] = set()
     for key, array in manifest.arrays.items():
         if (array.tiling, array.shape) in proved:
@@ -269,22 +287,6 @@ def prove_manifest(manifest: Manifest, where: str) -> None:
     stored, whole = sum(f.bytes - f.header for f in manifest.files), sum(array.bytes for array in manifest.arrays.values())
     if stored != whole:
         raise DamageError(where, f"its arrays have {whole} bytes, and its files hold {stored}")
-
-
-def prove_coverage(arrays: dict[str, StoredArray], file_bytes: Sequence[int], where: str) -> None:
-    """Check that the boxes of every array tile it and lie inside their files. Raises DamageError naming the array."""
-    for key, array in arrays.items():
-        fault = tiling_fault(array.shape, [stored.box for stored in array.boxes])
-        if fault is not None:
-            raise DamageError(where, f"array {key}: {fault}")
-        for stored in array.boxes:
-            if not 0 <= stored.file < len(file_bytes):
-                raise DamageError(where, f"array {key}: there is no file number {stored.file}")
-            size = stored.box.numel * array.item_bytes
-            if stored.start < 0 or stored.stop - stored.start != size or stored.stop > file_bytes[stored.file]:
-                raise DamageError(where, f"array {key}: bytes {stored.start}–{stored.stop} can't hold {size} bytes")
-            if stored.panels != 1 and (stored.panels < 1 or not stored.box.shape or stored.box.shape[-1] % stored.panels):
-                raise DamageError(where, f"array {key}: {list(stored.box.shape)} can't be cut into {stored.panels} panels")
 
 
 def encode_arrays(arrays: dict[str, StoredArray], tilings: list[Tiling]) -> str:
@@ -333,10 +335,7 @@ def _array_to_json(array: StoredArray) -> dict[str, Any]:
 
 
 def _array_from_json(entry: dict[str, Any]) -> StoredArray:
-    boxes = [
-        StoredBox(Box(tuple(b["offsets"]), tuple(b["shape"])), b["file"], b["range"][0], b["range"][1], b.get("panels", 1))
-        for b in entry.get("boxes", ())
-    ]
     shape, splits = tuple(entry["shape"]), tuple(entry["splits"])
-    tiling, turn = entry.get("tiling", -1), entry.get("turn", 0)
-    return StoredArray(entry["name"], entry["role"], entry["dtype"], shape, splits, boxes, tiling, turn)
+    return StoredArray(
+        entry["name"], entry["role"], entry["dtype"], shape, splits, tiling=entry["tiling"], turn=entry.get("turn", 0)
+    )

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..parallel.box import Box
-from .digest import block_digests, leaf_digests, text_digest
+from .digest import DIGEST_BYTES, block_digests, leaf_digests, text_digest
 from .errors import CheckpointError, DamageError
 from .files import Files, open_files
 from .folder import length_faults, load_manifest, open_manifest, step_folders, steps_newest_first
-from .manifest import MANIFEST, Manifest, entry_shape
-from .reading.index import FileIndex, entry_name
+from .manifest import MANIFEST
 from .reading.reader import Reader
 from .saving.commit import open_target
 from .takeover import SAVES
@@ -33,20 +32,21 @@ def verify(files: Files) -> Iterator[DamageError | int]:
         if files.label(file.name) in faults:
             continue
         try:
-            good = True
-            for found in _verify_blocks(files, manifest, reader, number, files.label(file.leaves) not in faults):
+            good = not faults
+            for found in _verify_blocks(reader, number, proved=files.label(file.leaves) not in faults):
                 good = good and isinstance(found, int)
                 yield found
             if good:
-                yield from _verify_header(files, manifest, number)
+                _check_header(reader, number)
         except DamageError as error:  # a disk that can't read it, or a file that is gone by now
             yield error
 
 
-def _verify_blocks(files: Files, manifest: Manifest, reader: Reader, number: int, proved: bool) -> Iterator[DamageError | int]:
+def _verify_blocks(reader: Reader, number: int, *, proved: bool) -> Iterator[DamageError | int]:
     """Read a data file. proved: its digests are there; otherwise the file is good or bad as a whole."""
+    files, manifest = reader.files, reader.manifest
     file, leaf, span = manifest.files[number], manifest.leaf_bytes, manifest.block_bytes
-    listed: list[str] = file.blocks
+    listed = file.blocks
     if proved:
         try:
             listed = reader.blocks_of(number)
@@ -61,14 +61,13 @@ def _verify_blocks(files: Files, manifest: Manifest, reader: Reader, number: int
             opened.fill(view, at)
             leaves.append(leaf_digests(view, leaf))
             lengths.append(len(view))
-            if listed and block_digests(leaves[-1], leaf, span) != [listed[block]]:
+            if listed and block_digests(leaves[-1], leaf, span) != listed[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]:
                 yield DamageError(files.label(file.name), "its bytes do not match the manifest", block)
             elif listed:
                 yield len(view)
     whole = b"".join(leaves)
-    if not listed and manifest.version >= 4:
-        blocks = bytes.fromhex("".join(block_digests(whole, leaf, span)))
-        if text_digest(blocks) != file.digest:
+    if not listed:
+        if text_digest(block_digests(whole, leaf, span)) != file.digest:
             yield DamageError(files.label(file.name), "its bytes do not match the manifest")
         else:
             yield from lengths
@@ -76,51 +75,13 @@ def _verify_blocks(files: Files, manifest: Manifest, reader: Reader, number: int
         yield DamageError(files.label(file.leaves), f"it does not hold the digests of {file.name}")
 
 
-def _verify_header(files: Files, manifest: Manifest, number: int) -> Iterator[DamageError]:
-    """The safetensors header must say of every box what the manifest says, and of no other."""
-    file = manifest.files[number]
-    with files.reader(file.name) as reader:
-        length = bytearray(8)
-        reader.fill(memoryview(length), 0)
-        size = int.from_bytes(length, "little")
-        if size > file.bytes - 8:
-            yield DamageError(files.label(file.name), f"its header claims {size} bytes")
-            return
-        text = bytearray(size)
-        reader.fill(memoryview(text), 8)
-    said = json.loads(text)
-    said.pop("__metadata__", None)
-    if manifest.version >= 4:
-        yield from _compare_with_tilings(files, manifest, number, bytes(length + text), len(said))
-        return
-    expected = {
-        entry_name(key, stored.box): {
-            "dtype": array.dtype,
-            "shape": list(entry_shape(stored.box, stored.panels)),
-            "data_offsets": [stored.start - 8 - size, stored.stop - 8 - size],
-        }
-        for key, array in manifest.arrays.items()
-        for stored in array.boxes
-        if stored.file == number
-    }
-    if said != expected:
-        yield DamageError(files.label(file.name), "its header and the manifest disagree")
-
-
-def _compare_with_tilings(files: Files, manifest: Manifest, number: int, header: bytes, count: int) -> Iterator[DamageError]:
-    """Check that a file holds the parts that its rank wrote, one after the other, and nothing else."""
-    file = manifest.files[number]
-    label = files.label(file.name)
-    index = FileIndex.parse(manifest, number, header, label)
-    found = sorted(
-        (stored.start, stored.stop)
-        for array in manifest.arrays.values()
-        for part in manifest.tilings[array.tiling].written_by(file.rank, array.item_bytes, array.turn)
-        for stored in [index.find(array, part)]
-    )
+def _check_header(reader: Reader, number: int) -> None:
+    """Check that a file holds the boxes that the manifest says, one after the other, and no other. Raises DamageError."""
+    file, index = reader.manifest.files[number], reader.index_of(number)
+    found = sorted((stored.start, stored.stop) for _, stored in index.boxes(reader.manifest))
     edges = [file.header, *(stop for _, stop in found)]
-    if len(found) != count or [*(start for start, _ in found), file.bytes] != edges:
-        yield DamageError(label, "its header and the manifest disagree")
+    if len(found) != len(index.names) or [*(start for start, _ in found), file.bytes] != edges:
+        raise DamageError(index.label, "its header and the manifest disagree")
 
 
 def prune(location: str | Path, keep: int) -> list[str]:

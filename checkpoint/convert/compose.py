@@ -103,7 +103,7 @@ def compose(
             for extra, contents in (beside or {}).items():
                 write_small(place / extra, contents, "beside")
             sync_folder(place, "data.folder")
-            written = StoredFile(name, layout.bytes, leaves, [], sealed, 0, len(layout.header))
+            written = StoredFile(name, layout.bytes, leaves, sealed, 0, len(layout.header))
             files = [written] if layout.bytes else []
             manifest = Manifest(step, 1, state, files, plan.arrays, commit=target.next_commit(), tilings=plan.tilings)
             target.commit(manifest, manifest.encode(), token)

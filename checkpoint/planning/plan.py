@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ...parallel.box import Box
 from ..digest import LEAF_BYTES
 from ..errors import CheckpointError
-from ..manifest import FORMAT, ITEM_BYTES, VERSION, StoredArray, entry_shape
+from ..manifest import FORMAT, ITEM_BYTES, VERSION, StoredArray, entry_name, entry_shape
 from .description import Declaration, Description
 from .tiling import DEAL_BYTES, Tiling, deal_turns
 
@@ -173,7 +173,7 @@ def lay_out(declarations: Sequence[Declaration], pieces: Sequence[Piece]) -> Fil
     for piece in order:
         declaration = declarations[piece.source]
         size = piece.box.numel * declaration.item_bytes
-        entries[f"{declaration.key}@{','.join(map(str, piece.box.offsets))}"] = {
+        entries[entry_name(declaration.key, piece.box)] = {
             "dtype": declaration.dtype,
             "shape": entry_shape(piece.box, piece.panels),
             "data_offsets": (at, at + size),

@@ -160,6 +160,11 @@ def _assemble(boxes: Sequence[Box], owners: Sequence[Integers]) -> Tiling:
     return Tiling(*columns_of(boxes), np.cumsum([0, *map(len, owners)]), np.concatenate(owners))
 
 
+def undealt(boxes: Sequence[Box], owners: Sequence[int]) -> Tiling:
+    """Make a tiling of boxes, in their order, each of which one rank holds and writes."""
+    return _assemble(boxes, [np.array([owner], np.int64) for owner in owners])
+
+
 def _is_nested(shape: Sequence[int], offsets: Integers, shapes: Integers) -> bool:
     """Return whether regions tile an array as nested cuts do: along dim 0, then each slab along dim 1, and so on.
 

@@ -1,4 +1,4 @@
-"""Index of a data file: which boxes it holds and where, read from its own header (format version 4).
+"""Index of a data file: which boxes it holds and where, read from its own header.
 
 The manifest says which ranks wrote parts of an array. Their files' headers say at which bytes each part lies. So a reader
 looks at the headers of the files that it needs, and at no list of all boxes.
@@ -16,7 +16,7 @@ import xxhash
 
 from ...parallel.box import Box
 from ..errors import DamageError
-from ..manifest import ITEM_BYTES, Manifest, StoredArray, StoredBox
+from ..manifest import ITEM_BYTES, Manifest, StoredArray, StoredBox, entry_name
 from ..planning.columns import Integers
 
 
@@ -56,6 +56,13 @@ class FileIndex:
         start = int(self.starts[at])
         return StoredBox(box, self.number, start, start + box.numel * array.item_bytes, int(self.panels[at]))
 
+    def boxes(self, manifest: Manifest) -> Iterator[tuple[StoredArray, StoredBox]]:
+        """Yield the boxes that the manifest says are in the file, each with its array. Raises DamageError, as `find` does."""
+        rank = manifest.files[self.number].rank
+        for array in manifest.arrays.values():
+            for part in manifest.tilings[array.tiling].written_by(rank, array.item_bytes, array.turn):
+                yield array, self.find(array, part)
+
 
 def _rows(header: bytes, expected: int, size: int) -> Iterator[tuple[int, int, int]]:
     """Yield (hash, first byte, panels) of each box that a header lists. Raises ValueError, KeyError or TypeError."""
@@ -84,11 +91,6 @@ def _without_panels(shape: tuple[int, ...], dims: int) -> tuple[int, tuple[int, 
 
 def _hash(name: str, dtype: str, shape: tuple[int, ...]) -> int:
     return xxhash.xxh3_64_intdigest(f"{name} {dtype} {shape}".encode())
-
-
-def entry_name(key: str, box: Box) -> str:
-    """Name of a box in its file's header."""
-    return f"{key}@{','.join(map(str, box.offsets))}"
 
 
 @dataclass

@@ -14,6 +14,7 @@ from ...parallel.box import Box
 from ..digest import DIGEST_BYTES, text_digest
 from ..errors import CheckpointError, DamageError
 from ..files import Files, RangeReader
+from ..folder import check_length
 from ..manifest import MANIFEST, Manifest, StoredArray, StoredBox, StoredFile
 from .index import FileIndex, Locator
 from .raw import RAW
@@ -25,7 +26,6 @@ GAP_BYTES = 64 * 2**10
 # Leaves' digests are read and proved for so many blocks at once, and those read last are kept for the next boxes.
 PROOF_BLOCKS = 4
 PROOFS_KEPT = 8
-BLOCKS_KEPT = 64  # files whose blocks' digests are kept
 
 Raw = np.ndarray[Any, np.dtype[Any]]
 
@@ -69,7 +69,7 @@ class Reader:
 
     def __post_init__(self) -> None:
         self._proved: dict[tuple[int, int], bytes] = {}
-        self._blocks: dict[int, list[str]] = {}
+        self._blocks: dict[int, bytes] = {}
         self._measured: set[int] = set()
         self._locator = Locator(self.manifest, self.files.label(MANIFEST))
 
@@ -84,11 +84,6 @@ class Reader:
         for item, buffer, base in self.fetch(items):
             place(item, buffer, base)
         return results
-
-    def check(self, wanted: Iterable[tuple[StoredArray, Box]]) -> None:
-        """Read and check as `read` would, keeping nothing."""
-        for _ in self.fetch([item for own in self.items(list(wanted)) for item in own]):
-            pass
 
     def stream(self, wanted: Sequence[tuple[StoredArray, Box]]) -> Iterator[tuple[int, Box, Raw]]:
         """Yield the values of wanted boxes piece by piece, in the order of the files: (number of the box, region, values).
@@ -116,9 +111,15 @@ class Reader:
 
     def load_indexes(self, wanted: Sequence[tuple[StoredArray, Box]]) -> None:
         """Read the headers of the files that hold parts of these boxes, unless they have been read."""
-        if self.manifest.version < 4:
-            return
-        headers = {number: np.empty(self.manifest.files[number].header, np.uint8) for number in self._missing_indexes(wanted)}
+        self._load(self._missing_indexes(wanted))
+
+    def index_of(self, number: int) -> FileIndex:
+        """Return the index of a file. Raises as `read` does."""
+        self._load({number} - self._locator.indexes.keys())
+        return self._locator.indexes[number]
+
+    def _load(self, numbers: Iterable[int]) -> None:
+        headers = {number: np.empty(self.manifest.files[number].header, np.uint8) for number in numbers}
         items = [item for number, header in headers.items() for item in header_items(number, header)]
         wanted_before = self.traffic.wanted
         for item, buffer, base in self.fetch(items):
@@ -157,26 +158,14 @@ class Reader:
 
     @contextlib.contextmanager
     def open(self, number: int) -> Generator[RangeReader]:
-        """Open a data file, after a look at its length and, where the manifest lists all boxes, at its header."""
+        """Open a data file, after a look at its length."""
         file = self.manifest.files[number]
         if file.has_digests and number not in self._measured:
-            self._measure(file)
+            sizes = {name: self.files.size(name) for name in (file.name, file.leaves)}
+            check_length(self.files, self.manifest, file, sizes)
             self._measured.add(number)
         with self.files.reader(file.name) as opened:
-            if self.manifest.version < 4:
-                self._check_header(number, opened)
             yield opened
-
-    def _measure(self, file: StoredFile) -> None:
-        """Raise DamageError if a file's length is not the manifest's."""
-        expected = {file.name: file.bytes}
-        if self.manifest.version >= 4:  # those with older digests are proved by the manifest as far as they are read
-            expected[file.leaves] = self.manifest.leaves_bytes(file)
-        for name, length in expected.items():
-            size = self.files.size(name)
-            if size != length:
-                what = "the file is missing" if size is None else f"the file has {size} bytes, not {length}"
-                raise DamageError(self.files.label(name), what)
 
     def _batches(self, items: list[ReadItem]) -> Iterator[list[ReadItem]]:
         batch: list[ReadItem] = []
@@ -191,18 +180,6 @@ class Reader:
             batch.append(item)
         if batch:
             yield batch
-
-    def _check_header(self, number: int, reader: RangeReader) -> None:
-        """The manifest alone says where everything is, but a damaged header is damage all the same."""
-        if not self.manifest.files[number].has_digests:
-            return
-        leaf, size = self.manifest.leaf_bytes, self.manifest.files[number].bytes
-        first = np.empty(min(leaf, size), np.uint8)
-        self._read_checked(number, reader, 0, len(first), np.ones(1, np.bool_), first)
-        length = min(-(-(8 + int.from_bytes(first[:8].tobytes(), "little")) // leaf) * leaf, size)
-        if length > leaf:
-            rest = np.empty(length - leaf, np.uint8)
-            self._read_checked(number, reader, leaf, length, np.ones(-(-len(rest) // leaf), np.bool_), rest)
 
     def _read_checked(
         self, number: int, reader: RangeReader, base: int, stop: int, needed: np.ndarray[Any, np.dtype[np.bool_]], buffer: Any
@@ -233,39 +210,37 @@ class Reader:
         if (number, proof) not in self._proved:
             file = self.manifest.files[number]
             first = proof * PROOF_BLOCKS
-            blocks = self.blocks_of(number)[first : first + PROOF_BLOCKS]
+            blocks = self.blocks_of(number)[first * DIGEST_BYTES : (first + PROOF_BLOCKS) * DIGEST_BYTES]
             span = self.manifest.block_bytes // self.manifest.leaf_bytes * DIGEST_BYTES
-            whole = -(-file.bytes // self.manifest.leaf_bytes) * DIGEST_BYTES
-            data = bytearray(min(len(blocks) * span, whole - first * span))
-            with self.files.reader(file.leaves) as reader:
-                reader.fill(memoryview(data), first * span)
-            self.traffic.read += len(data)
-            for block, expected in enumerate(blocks):
-                if xxhash.xxh3_128_hexdigest(data[block * span : (block + 1) * span]) != expected:
+            size = min(PROOF_BLOCKS * span, self.manifest.leaf_count(file) * DIGEST_BYTES - first * span)
+            data = self._read_digests(file, first * span, size)
+            for block, at in enumerate(range(0, size, span)):
+                expected = blocks[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]
+                if xxhash.xxh3_128_digest(data[at : at + span]) != expected:
                     what = f"the digests of {file.name} do not match the manifest"
                     raise DamageError(self.files.label(file.leaves), what, first + block)
             while len(self._proved) >= PROOFS_KEPT:
                 del self._proved[next(iter(self._proved))]
-            self._proved[number, proof] = bytes(data)
+            self._proved[number, proof] = data
         return self._proved[number, proof]
 
-    def blocks_of(self, number: int) -> list[str]:
+    def blocks_of(self, number: int) -> bytes:
         """The digests of a file's blocks: the manifest's, or those behind the leaves', proved by the manifest's of the file."""
         file = self.manifest.files[number]
-        if self.manifest.version < 4:
-            return file.blocks
         if number not in self._blocks:
-            leaves = -(-file.bytes // self.manifest.leaf_bytes) * DIGEST_BYTES
-            data = bytearray(self.manifest.leaves_bytes(file) - leaves)
-            with self.files.reader(file.leaves) as reader:
-                reader.fill(memoryview(data), leaves)
-            self.traffic.read += len(data)
-            if text_digest(bytes(data)) != file.digest:
+            start = self.manifest.leaf_count(file) * DIGEST_BYTES
+            blocks = file.blocks or self._read_digests(file, start, self.manifest.leaves_bytes(file) - start)
+            if not file.blocks and text_digest(blocks) != file.digest:
                 raise DamageError(self.files.label(file.leaves), f"the digests of {file.name} do not match the manifest")
-            while len(self._blocks) >= BLOCKS_KEPT:
-                del self._blocks[next(iter(self._blocks))]
-            self._blocks[number] = [data[at : at + DIGEST_BYTES].hex() for at in range(0, len(data), DIGEST_BYTES)]
+            self._blocks[number] = blocks
         return self._blocks[number]
+
+    def _read_digests(self, file: StoredFile, start: int, size: int) -> bytes:
+        data = bytearray(size)
+        with self.files.reader(file.leaves) as reader:
+            reader.fill(memoryview(data), start)
+        self.traffic.read += size
+        return bytes(data)
 
     def boxes(self, array: StoredArray) -> Sequence[StoredBox]:
         """Return all boxes that an array is stored in. Raises as `read` does."""
@@ -273,21 +248,12 @@ class Reader:
         self.load_indexes([(array, whole)])
         return self._locator.boxes(array, whole)
 
-    def _boxes_in(self, number: int) -> Iterator[tuple[str, StoredBox]]:
-        """Yield the boxes that are known to be in a file, each with the key of its array."""
-        index = self._locator.indexes.get(number)
-        for key, array in self.manifest.arrays.items():
-            if array.tiling < 0:
-                yield from ((key, stored) for stored in array.boxes if stored.file == number)
-            elif index is not None:
-                rank = self.manifest.files[number].rank
-                for part in self.manifest.tilings[array.tiling].written_by(rank, array.item_bytes, array.turn):
-                    yield key, index.find(array, part)
-
     def _damage(self, number: int, offset: int, what: str) -> DamageError:
         file = self.manifest.files[number]
         stop = offset + self.manifest.leaf_bytes
-        keys = sorted({key for key, stored in self._boxes_in(number) if stored.start < stop and stored.stop > offset})
+        index = self._locator.indexes.get(number)
+        boxes = () if index is None else index.boxes(self.manifest)
+        keys = sorted({array.key for array, stored in boxes if stored.start < stop and stored.stop > offset})
         inside = f" (inside {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})" if keys else ""
         return DamageError(
             self.files.label(file.name), f"{what}, at byte {offset}{inside}", block=offset // self.manifest.block_bytes

@@ -36,7 +36,7 @@ class FileReport:
     def file(self, suffix: str) -> StoredFile:
         """The manifest's entry."""
         name, leaves = data_file_names(self.rank, suffix)
-        return StoredFile(name, self.bytes, leaves, [], self.digest, self.rank, self.header)
+        return StoredFile(name, self.bytes, leaves, self.digest, self.rank, self.header)
 
 
 def failure(reason: str) -> bytes:

@@ -241,7 +241,7 @@ def test_shard_that_can_not_be_rebuilt_leaves_no_memory(tmp_path: Path, monkeypa
     def out_of_reach(*_: object) -> None:
         raise CheckpointError("node a does not answer")
 
-    file = StoredFile("rank-00001.safetensors", 1000, "rank-00001.leaves", [], "", 1)
+    file = StoredFile("rank-00001.safetensors", 1000, "rank-00001.leaves", "", 1)
     monkeypatch.setattr(tier, "Connection", out_of_reach)
     monkeypatch.setattr(tier, "_manifest_of", lambda _: Manifest(1, 2, {}, [file], {}).encode())
     recovery: Any = SimpleNamespace(holders={0: (None, 1000)}, version="a", step=1)

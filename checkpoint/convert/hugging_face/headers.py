@@ -45,7 +45,7 @@ def read_headers(folder: Path) -> Shards:
         except CheckpointError as error:
             faults.append(str(error))
             continue
-        files.append(StoredFile(name, size, "", []))
+        files.append(StoredFile(name, size, ""))
         for twice in sorted(tensors.keys() & found):
             faults.append(f"{folder / name}: {twice} is in {files[_file(tensors[twice])].name}, too")
         tensors |= found
