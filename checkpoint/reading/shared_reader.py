@@ -42,14 +42,14 @@ class SharedReader(Reader):
         try:
             return super().items(wanted, targets)
         except DamageError as error:
-            self._fault = self._fault or error
+            self._note(error)
             return [[] for _ in wanted]
 
     def _missing_indexes(self, wanted: Sequence[tuple[StoredArray, Box]]) -> list[int]:
         try:
             return super()._missing_indexes(wanted)
         except DamageError as error:  # of the manifest: the others read the indexes all the same
-            self._fault = self._fault or error
+            self._note(error)
             return []
 
     def fetch(self, items: list[ReadItem]) -> Iterator[tuple[ReadItem, Bytes, int]]:
@@ -60,20 +60,21 @@ class SharedReader(Reader):
         at = 0
         me = self.group.rank()
         for number in sorted(everyone[me]):
-            size = self.manifest.files[number].bytes
-            count = -(-size // self.manifest.leaf_bytes)
+            size, leaf = self.manifest.files[number].bytes, self.manifest.leaf_bytes
+            count = self.manifest.leaf_count(self.manifest.files[number])
             needs = [unpacked(n[number], count) if number in n else None for n in everyone]
             mine = unpacked(everyone[me][number], count)
             with contextlib.ExitStack() as stack:
-                reader = _OpenedToRead(functools.partial(self.open, number), stack)
+                # Of the ranks that need parts of a file, few are dealt some to read.
+                opened = functools.cache(functools.partial(stack.enter_context, self.open(number)))
                 # The tail before the window keeps what items that end in it began with.
-                buffer = np.empty(min(BATCH_BYTES + WINDOW_BYTES, size + BATCH_BYTES), np.uint8)
+                buffer = np.empty(BATCH_BYTES + min(WINDOW_BYTES, count * leaf), np.uint8)
                 for start in range(0, size, WINDOW_BYTES):
                     stop = min(start + WINDOW_BYTES, size)
-                    if not mine[start // self.manifest.leaf_bytes : -(-stop // self.manifest.leaf_bytes)].any():
+                    if not mine[start // leaf : -(-stop // leaf)].any():
                         continue  # this rank neither needs nor reads anything here; of a header only the first windows count
                     buffer[:BATCH_BYTES] = buffer[WINDOW_BYTES : WINDOW_BYTES + BATCH_BYTES] if start else 0
-                    self._exchange(number, reader, start, stop, needs, buffer[BATCH_BYTES:])
+                    self._exchange(number, opened, start, stop, needs, buffer[BATCH_BYTES:])
                     while at < len(items) and items[at].file == number and items[at].stop <= stop:
                         item = items[at]
                         self.traffic.wanted += len(item.run_starts) * item.run_bytes
@@ -93,14 +94,27 @@ class SharedReader(Reader):
             for number, group in itertools.groupby(items, key=lambda item: item.file)
         }
 
-    def _exchange(self, number: int, reader: Any, start: int, stop: int, needs: list[Leaves | None], window: Bytes) -> None:
+    def _exchange(
+        self,
+        number: int,
+        opened: Callable[[], RangeReader],
+        start: int,
+        stop: int,
+        needs: list[Leaves | None],
+        window: Bytes,
+    ) -> None:
         """Fill the leaves of this window that this rank needs, by reading or from others."""
         leaf, me = self.manifest.leaf_bytes, self.group.rank()
         low, high = start // leaf, -(-stop // leaf)
+        rows = window[: (high - low) * leaf].reshape(-1, leaf)  # of a last leaf that is shorter the rest travels, too
         wanted = np.stack([n[low:high] if n is not None else np.zeros(high - low, bool) for n in needs])
         readers = deal(wanted)
         own = readers == me
-        self._try(self._read_checked, number, reader, start, stop, own, window)
+        if own.any() and self._fault is None:  # after a fault all that it sends is marked
+            try:
+                self._read_checked(number, opened(), start, stop, own, window)
+            except DamageError as error:
+                self._note(error)
         works: list[Any] = []
         arrivals: list[tuple[Leaves, torch.Tensor]] = []
         for other in range(len(needs)):
@@ -108,10 +122,10 @@ class SharedReader(Reader):
                 continue
             give, take = own & wanted[other], (readers == other) & wanted[me]
             if give.any():
-                message = torch.from_numpy(np.concatenate([_gather(window, give, leaf, stop - start), self._flag()]))
+                message = torch.from_numpy(np.append(rows[give], np.uint8(self._fault is not None)))
                 works.append(self.group.send([message], other, 0))
             if take.any():
-                message = torch.empty(int(_lengths(take, leaf, stop - start).sum()) + 1, dtype=torch.uint8)
+                message = torch.empty(int(take.sum()) * leaf + 1, dtype=torch.uint8)
                 arrivals.append((take, message))
                 works.append(self.group.recv([message], other, 0))
         for work in works:
@@ -119,49 +133,17 @@ class SharedReader(Reader):
         for take, message in arrivals:
             data = message.numpy()
             if data[-1]:
-                self._fault = self._fault or DamageError(
-                    self.files.label(self.manifest.files[number].name), "the rank that read it for the others found damage"
-                )
-            _scatter(window, take, leaf, stop - start, data[:-1])
+                label = self.files.label(self.manifest.files[number].name)
+                self._note(DamageError(label, "the rank that read it for the others found damage"))
+            rows[take] = data[:-1].reshape(-1, leaf)
 
-    def _flag(self) -> Bytes:
-        return np.array([self._fault is not None], np.uint8)
-
-    def _try(self, action: Callable[..., None], *arguments: Any) -> None:
-        try:
-            action(*arguments)
-        except DamageError as error:
-            self._fault = self._fault or error
+    def _note(self, fault: DamageError) -> None:
+        self._fault = self._fault or fault
 
 
 def unpacked(needs: bytes, count: int) -> Leaves:
     """Unpack a rank's message: which of a file's `count` leaves it needs, as compressed bits."""
     return np.unpackbits(np.frombuffer(zlib.decompress(needs), np.uint8), count=count).astype(bool)
-
-
-class _OpenedToRead:
-    """A file that is opened when something is read of it: of the ranks that need parts, few are dealt some to read."""
-
-    def __init__(
-        self, opens: Callable[[], contextlib.AbstractContextManager[RangeReader]], stack: contextlib.ExitStack
-    ) -> None:
-        """stack: closes it."""
-        self._opens = opens
-        self._stack = stack
-        self._opened: RangeReader | None = None
-
-    def expect(self, offset: int, length: int) -> None:
-        """See RangeReader."""
-        self._reader().expect(offset, length)
-
-    def fill(self, target: memoryview, offset: int) -> None:
-        """See RangeReader."""
-        self._reader().fill(target, offset)
-
-    def _reader(self) -> RangeReader:
-        if self._opened is None:
-            self._opened = self._stack.enter_context(self._opens())
-        return self._opened
 
 
 def deal(wanted: Leaves) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -183,20 +165,3 @@ def deal(wanted: Leaves) -> np.ndarray[Any, np.dtype[np.int64]]:
             readers[part] = chosen
             load[chosen] += len(part)
     return readers
-
-
-def _lengths(leaves: Leaves, leaf: int, size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Bytes of each chosen leaf of a window of `size` bytes; the last leaf of a file may be shorter."""
-    return np.minimum((np.flatnonzero(leaves) + 1) * leaf, size) - np.flatnonzero(leaves) * leaf
-
-
-def _gather(window: Bytes, leaves: Leaves, leaf: int, size: int) -> Bytes:
-    return np.concatenate([window[at * leaf : min((at + 1) * leaf, size)] for at in np.flatnonzero(leaves).tolist()])
-
-
-def _scatter(window: Bytes, leaves: Leaves, leaf: int, size: int, data: Bytes) -> None:
-    position = 0
-    for at in np.flatnonzero(leaves).tolist():
-        part = window[at * leaf : min((at + 1) * leaf, size)]
-        part[...] = data[position : position + len(part)]
-        position += len(part)
