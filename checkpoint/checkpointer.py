@@ -24,6 +24,7 @@ from .planning.planner import FREE, Planner
 from .report import SaveReport
 from .saving.commit import LocalTarget, open_target
 from .saving.device import Device
+from .saving.progress import SavePhase
 from .saving.save import Save
 from .saving.save_context import SaveContext
 from .saving.snapshot import Snapshot
@@ -162,7 +163,7 @@ class Checkpointer:
 
         Raises CheckpointError for a state that is not plain JSON; whatever else goes wrong is in the save's report.
         """
-        self._wait_for_update()  # a caller that never updates must not have two snapshots of the same tensors under way
+        self.before_update()  # a caller that never updates must not have two snapshots of the same tensors under way
         start = time.perf_counter()
         held = list(fragments)
         fault = state_fault(state)
@@ -202,18 +203,19 @@ class Checkpointer:
             if save.step == step:
                 save.confirm(doubt)
 
-    @property
-    def suspected(self) -> int | None:
-        """A step at which something was wrong. Retention keeps the newest checkpoint before it; None: it is free."""
-        return self._target.suspected
-
-    @suspected.setter
-    def suspected(self, step: int | None) -> None:
+    def suspect(self, step: int | None) -> None:
+        """Say at which step something was wrong. Retention keeps the newest checkpoint before it; None: it is free."""
         self._target.suspected = step
 
     def before_update(self) -> float:
         """Wait until no snapshot needs the tensors as they are. Returns the seconds that this took on the host."""
-        return self._wait_for_update()
+        newest = self._newest_save
+        if newest is None:
+            return 0.0
+        stalled = newest.snapshot.wait(self.config.timeout)
+        if newest.snapshot.starves():
+            newest.report.stall_seconds += stalled
+        return stalled
 
     def poll(self) -> list[SaveReport]:
         """Saves that ended since the last call. A skipped save may be among them before an earlier one that is still written.
@@ -223,7 +225,7 @@ class Checkpointer:
         reports: list[SaveReport] = []
         # The newest is asked first: one that ends meanwhile must not be told before another that it came after. And what
         # the GPU has waited for is known when it has got there; asking sooner would hold up the host.
-        for save in [save for save in reversed(self._saves) if save.ended and save.snapshot.settled][::-1]:
+        for save in [save for save in reversed(self._saves) if save.progress.ended and save.snapshot.settled][::-1]:
             reports.append(self._deliver(save))
         if self._failures >= self.config.failures:
             assert self._last_report is not None
@@ -236,11 +238,11 @@ class Checkpointer:
     def wait(self) -> list[SaveReport]:
         """Wait for all saves. Returns the reports that `poll` has not given yet."""
         self._unlearned.clear()  # what this wait costs says nothing about updates
-        self._wait_for_update()
+        self.before_update()
         self._give_up_held()
         reports: list[SaveReport] = []
         while self._saves:
-            self._saves[0].join()
+            self._saves[0].progress.wait(SavePhase.ENDED)
             reports.append(self._deliver(self._saves[0]))
         return reports
 
@@ -295,15 +297,6 @@ class Checkpointer:
             self._unlearned.remove(snapshot)
             if self._context.device is not None:
                 self._context.device.learn(snapshot.device_stall(), snapshot.bytes_per_second, snapshot.bytes)
-
-    def _wait_for_update(self) -> float:
-        newest = self._newest_save
-        if newest is None:
-            return 0.0
-        stalled = newest.snapshot.wait(self.config.timeout)
-        if newest.snapshot.starves():
-            newest.report.stall_seconds += stalled
-        return stalled
 
     def _note(self, report: SaveReport) -> None:
         if report.outcome not in ("skipped", "unkept"):

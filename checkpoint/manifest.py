@@ -23,6 +23,7 @@ MANIFEST = "manifest.json"
 _TILINGS_LINE = b'\n"tilings": {'
 _ARRAYS_LINE = b'\n"arrays": {'
 _DIGEST_LINE = b'"digest": "'
+_ARRAY_KEYS = ("name", "role", "dtype", "shape", "splits", "tiling", "turn")
 
 # Names of element types as in safetensors, and their sizes in bytes.
 ITEM_BYTES = {
@@ -65,23 +66,15 @@ def entry_shape(box: Box, panels: int) -> tuple[int, ...]:
     return box.shape if panels == 1 else (panels, *box.shape[:-1], box.shape[-1] // panels)
 
 
-@dataclass
-class StoredArray:
-    """One named global array. `dtype` as in safetensors; `splits`: logical split points along dim 0.
-
-    boxes   where its values are, in other programs' files
-    tiling  how it is cut, as an index into the manifest's tilings: the data files' headers say the rest
-    turn    where the deal of its parts among the holders of copies begins
-    """
+@dataclass(frozen=True)
+class GlobalArray:
+    """One named global array. `dtype` as in safetensors; `splits`: logical split points along dim 0."""
 
     name: str
     role: str
     dtype: str
     shape: tuple[int, ...]
-    splits: tuple[int, ...] = ()
-    boxes: list[StoredBox] = field(default_factory=list)
-    tiling: int = -1
-    turn: int = 0
+    splits: tuple[int, ...]
 
     @property
     def key(self) -> str:
@@ -97,6 +90,21 @@ class StoredArray:
     def bytes(self) -> int:
         """Size of the whole array in bytes."""
         return Box.whole(self.shape).numel * self.item_bytes
+
+
+@dataclass(frozen=True)
+class StoredArray(GlobalArray):
+    """An array of a checkpoint.
+
+    boxes   where its values are, in other programs' files
+    tiling  how it is cut, as an index into the manifest's tilings: the data files' headers say the rest
+    turn    where the deal of its parts among the holders of copies begins
+    """
+
+    splits: tuple[int, ...] = ()
+    boxes: Sequence[StoredBox] = ()
+    tiling: int = -1
+    turn: int = 0
 
 
 @dataclass
@@ -293,7 +301,10 @@ def encode_arrays(arrays: dict[str, StoredArray], tilings: list[Tiling]) -> str:
     """The lines of the manifest about the arrays, and how they are cut."""
     from .planning.tiling import encode_tilings
 
-    lines = ",\n".join(f"{json.dumps(key)}: {_compact(_array_to_json(array))}" for key, array in sorted(arrays.items()))
+    lines = ",\n".join(
+        f"{json.dumps(key)}: {_compact({name: getattr(array, name) for name in _ARRAY_KEYS})}"
+        for key, array in sorted(arrays.items())
+    )
     return f'"tilings": {_compact(encode_tilings(tilings))},\n"arrays": {{\n{lines}\n}},'
 
 
@@ -322,20 +333,7 @@ def _compact(value: Any, *, sort_keys: bool = True) -> str:
     return json.dumps(value, separators=(",", ":"), sort_keys=sort_keys, allow_nan=False)
 
 
-def _array_to_json(array: StoredArray) -> dict[str, Any]:
-    return {
-        "name": array.name,
-        "role": array.role,
-        "dtype": array.dtype,
-        "shape": array.shape,
-        "splits": array.splits,
-        "tiling": array.tiling,
-        "turn": array.turn,
-    }
-
-
 def _array_from_json(entry: dict[str, Any]) -> StoredArray:
-    shape, splits = tuple(entry["shape"]), tuple(entry["splits"])
-    return StoredArray(
-        entry["name"], entry["role"], entry["dtype"], shape, splits, tiling=entry["tiling"], turn=entry.get("turn", 0)
-    )
+    made: dict[str, Any] = {name: entry[name] for name in _ARRAY_KEYS if name in entry}  # `turn` came with format version 4
+    made["shape"], made["splits"] = tuple(entry["shape"]), tuple(entry["splits"])
+    return StoredArray(**made)

@@ -22,30 +22,15 @@ from ...parallel.box import Box
 from ...parallel.fragment import Fragment
 from ..dtypes import name_of
 from ..errors import CheckpointError
-from ..manifest import ITEM_BYTES
+from ..manifest import GlobalArray
 from .columns import Integers, columns_of, pack, pack_boxes, unpack, unpack_boxes
 
 
 @dataclass(frozen=True)
-class Declaration:
+class Declaration(GlobalArray):
     """A rank's description of one of its fragments."""
 
-    name: str
-    role: str
-    dtype: str
-    shape: tuple[int, ...]
-    splits: tuple[int, ...]
     box: Box
-
-    @property
-    def key(self) -> str:
-        """Name of the global array in the checkpoint."""
-        return f"{self.role}/{self.name}"
-
-    @property
-    def item_bytes(self) -> int:
-        """Size of one element in bytes."""
-        return ITEM_BYTES[self.dtype]
 
 
 def declare(fragments: Iterable[Fragment]) -> tuple[Declaration, ...]:
@@ -75,20 +60,10 @@ class Holdings:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Entry(GlobalArray):
     """One array. cut: index of its table in `Description.holdings`"""
 
-    name: str
-    role: str
-    dtype: str
-    shape: tuple[int, ...]
-    splits: tuple[int, ...]
     cut: int
-
-    @property
-    def key(self) -> str:
-        """`<role>/<name>`, unique in a checkpoint."""
-        return f"{self.role}/{self.name}"
 
 
 @dataclass(frozen=True)
@@ -115,7 +90,7 @@ class Description:
         for declared in declarations:
             known = first.setdefault(declared.key, declared)
             if (known.dtype, known.shape, known.splits) != (declared.dtype, declared.shape, declared.splits):
-                raise _contradiction(_entry(known, 0), rank, _entry(declared, 0), rank)
+                raise _contradiction(known, rank, declared, rank)
             boxes.setdefault(declared.key, []).append(declared.box)
         cuts: dict[tuple[tuple[int, ...], tuple[Box, ...]], int] = {}
         entries: list[Entry] = []
@@ -191,12 +166,12 @@ def _stack(tables: Sequence[Holdings]) -> Holdings:
     return Holdings(*(np.concatenate(column) for column in columns))
 
 
-def _entry(of: Declaration | Entry, cut: int) -> Entry:
+def _entry(of: GlobalArray, cut: int) -> Entry:
     return Entry(of.name, of.role, of.dtype, of.shape, of.splits, cut)
 
 
-def _contradiction(first: Entry, first_rank: int, entry: Entry, rank: int) -> CheckpointError:
+def _contradiction(first: GlobalArray, first_rank: int, other: GlobalArray, rank: int) -> CheckpointError:
     return CheckpointError(
-        f"{entry.key}: rank {rank} holds it as {entry.dtype}{list(entry.shape)}, rank {first_rank} as "
+        f"{other.key}: rank {rank} holds it as {other.dtype}{list(other.shape)}, rank {first_rank} as "
         f"{first.dtype}{list(first.shape)}; one array has one shape, type and set of split points on all ranks"
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ...parallel.box import Box
 from ..digest import LEAF_BYTES
 from ..errors import CheckpointError
-from ..manifest import FORMAT, ITEM_BYTES, VERSION, StoredArray, entry_name, entry_shape
+from ..manifest import FORMAT, VERSION, StoredArray, encode_arrays, entry_name, entry_shape
 from .description import Declaration, Description
 from .tiling import DEAL_BYTES, Tiling, deal_turns
 
@@ -56,12 +56,17 @@ class SavePlan:
                 tilings.append(Tiling.of(entry.shape, holdings.ranks, holdings.offsets, holdings.shapes, least))
             except ValueError as error:
                 raise CheckpointError(f"{entry.key}: {error}") from error
-        turns = deal_turns([(tilings[entry.cut], ITEM_BYTES[entry.dtype]) for entry in description.entries])
+        turns = deal_turns([(tilings[entry.cut], entry.item_bytes) for entry in description.entries])
         arrays = {
             entry.key: StoredArray(entry.name, entry.role, entry.dtype, entry.shape, entry.splits, tiling=entry.cut, turn=turn)
             for entry, turn in zip(description.entries, turns, strict=True)
         }
         return cls(arrays, tilings)
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The manifest's lines about the arrays, which are the same from save to save."""
+        return encode_arrays(self.arrays, self.tilings)
 
     @property
     def bytes(self) -> int:
@@ -135,8 +140,8 @@ class FileLayout:
         return tuple(copy for piece in self.placed for copy in _copies_of(piece))
 
 
-EMPTY = FileLayout(b"", (), 0)
-"""That of a rank without a file."""
+NO_FILE = FileLayout(b"", (), 0)
+NOTHING = SavePlan({}, [])
 
 
 def _copies_of(piece: PlacedPiece) -> Iterator[Copy]:
@@ -181,7 +186,7 @@ def lay_out(declarations: Sequence[Declaration], pieces: Sequence[Piece]) -> Fil
         spans.append((piece, declaration, at, at + size))
         at += size
     if not spans:
-        return FileLayout(b"", (), 0)
+        return NO_FILE
     text = json.dumps(entries, separators=(",", ":")).encode()
     length = -(-(8 + len(text)) // LEAF_BYTES) * LEAF_BYTES - 8
     header = length.to_bytes(8, "little") + text.ljust(length)

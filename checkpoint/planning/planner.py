@@ -10,11 +10,9 @@ from ...parallel.fragment import Fragment
 from ..control import Round
 from ..digest import text_digest
 from ..errors import CheckpointError
-from ..manifest import StoredArray, encode_arrays
 from .description import Declaration, Description, declare, join
 from .gathering import ChangeGathering, Note
-from .plan import EMPTY, SavePlan, lay_out
-from .tiling import Tiling
+from .plan import NO_FILE, NOTHING, SavePlan, lay_out
 
 # What a rank says beside what it holds: nothing is in the way; the disk is still at an earlier save; no memory is free.
 FREE, DISK_BUSY, NO_MEMORY = "free", "disk busy", "no memory"
@@ -30,18 +28,15 @@ class Planner:
     """
 
     def __init__(self) -> None:
-        self.layout = EMPTY
+        self.layout = NO_FILE
         self._plan = NO_PLAN  # digest of the description that `layout` was derived from
         self._declarations: tuple[Declaration, ...] = ()
         self._identity: list[Any] = []
         self._mine = b""  # the declarations, described
         self._gathering = ChangeGathering(_join)
-        # The coordinator's: the plan of the whole, and its part of the manifest.
+        # The coordinator's: the plan of the whole, and the digest of the description that it was made from.
         self._made = NO_PLAN
-        self.arrays: dict[str, StoredArray] = {}
-        self.tilings: list[Tiling] = []
-        self.arrays_text = ""
-        self.bytes = 0
+        self.whole = NOTHING
 
     def vote(self, talk: Round, fragments: Sequence[Fragment], obstacle: str, step: int = NO_STEP) -> Note:
         """Send what this rank and those that it sends for hold, of which step, and what is in the way of another snapshot.
@@ -63,9 +58,7 @@ class Planner:
         if wanted == self._made == ballot["plan"]:
             return None
         if wanted != self._made:
-            plan = SavePlan.of(Description.decode(self._gathering.joined))
-            self.arrays, self.tilings, self.bytes = plan.arrays, plan.tilings, plan.bytes
-            self.arrays_text = encode_arrays(plan.arrays, plan.tilings)
+            self.whole = SavePlan.of(Description.decode(self._gathering.joined))
             self._made = wanted
         return self._gathering.joined
 

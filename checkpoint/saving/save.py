@@ -21,10 +21,9 @@ from ..control import Round
 from ..errors import CheckpointError
 from ..faults import reach
 from ..identity import RunIdentity
-from ..manifest import Manifest, StoredArray, data_file_names
-from ..planning.plan import EMPTY, FileLayout
+from ..manifest import Manifest, data_file_names
+from ..planning.plan import NO_FILE, NOTHING, FileLayout
 from ..planning.planner import DISK_BUSY, FREE, NO_MEMORY
-from ..planning.tiling import Tiling
 from ..report import SaveReport
 from ..writing.writer import Request
 from .commit import NO_ROOM, new_token
@@ -80,26 +79,15 @@ class Save:
         self._buffer: StagingBuffer | None = None
         self._writing = False
         self._token = ""
-        self._arrays: dict[str, StoredArray] = {}  # of all ranks: this save's, whatever later saves plan
-        self._tilings: list[Tiling] = []
-        self._arrays_text = ""
+        self._whole = NOTHING  # of all ranks: this save's, whatever later saves plan
         self._identity: RunIdentity | None = None
         self._commit = 0
-
-    @property
-    def ended(self) -> bool:
-        """Return whether the save has its outcome."""
-        return self.progress.ended
 
     def confirm(self, doubt: str = "") -> None:
         """Let the save become a checkpoint or, if there is a doubt about its step, give it up. The first word stands."""
         if not self._confirmed.is_set():
             self._doubt = doubt
             self._confirmed.set()
-
-    def join(self) -> None:
-        """Wait for the verdict."""
-        self.progress.wait(SavePhase.ENDED)
 
     def leave(self, timeout: float | None = None) -> bool:
         """Wait until the save's thread is over, and with it the deletion of old steps. Returns whether it is."""
@@ -223,11 +211,11 @@ class Save:
         if DISK_BUSY in obstacles:
             reason = f"the disk is slower than the schedule: rank {obstacles[DISK_BUSY]} is still at an earlier save, {taken}"
             disk = False
-        self._arrays, self._tilings, self._arrays_text = planner.arrays, planner.tilings, planner.arrays_text
+        self._whole = planner.whole
         self._identity, self._commit = context.target.run, context.target.next_commit()  # in memory and on the disk the same
         token = new_token()
         if disk:
-            self._make_room(context, planner.bytes)
+            self._make_room(context, self._whole.bytes)
             context.target.begin(self.step, token)
         self._token = token
         if context.predecessors is not None and context.memory is None:
@@ -295,7 +283,7 @@ class Save:
         if fault is None:
             assert context.memory is not None
             manifest = self._manifest(FileReport.read_all(reports), "")
-            context.memory.leave_manifest(self.talk, zlib.compress(manifest.encode(self._arrays_text), 1))
+            context.memory.leave_manifest(self.talk, zlib.compress(manifest.encode(self._whole.text), 1))
         return json.dumps({"error": fault}).encode()
 
     def _not_kept(self, fault: str) -> None:
@@ -306,13 +294,13 @@ class Save:
     def _commit_all(self, context: SaveContext, reports: bytes) -> bytes:
         """The coordinator's part, once all files are written."""
         manifest = self._manifest(FileReport.read_all(reports), context.target.suffix(self._token))
-        context.target.commit(manifest, manifest.encode(self._arrays_text), self._token)
+        context.target.commit(manifest, manifest.encode(self._whole.text), self._token)
         return json.dumps({"bytes": manifest.bytes}).encode()
 
     def _write(self, context: SaveContext, request: Request | None, layout: FileLayout) -> None:
         """Write this rank's file, and report it."""
         report, talk = self.report, self.talk
-        message = FileReport.of(talk.control.rank, EMPTY, "")
+        message = FileReport.of(talk.control.rank, NO_FILE, "")
         if request is not None:
             written = context.writer.end(context.config.timeout)
             self._writing = False
@@ -339,12 +327,12 @@ class Save:
     def _manifest(self, reports: list[FileReport], suffix: str) -> Manifest:
         """The coordinator's part: what the ranks say they wrote must be as much as there is."""
         files = [report.file(suffix) for report in reports]
-        written, whole = sum(f.bytes - f.header for f in files), sum(array.bytes for array in self._arrays.values())
-        if written != whole:
-            raise CheckpointError(f"the ranks wrote {written} bytes, and the arrays have {whole}")
+        written, whole = sum(file.bytes - file.header for file in files), self._whole
+        if written != whole.bytes:
+            raise CheckpointError(f"the ranks wrote {written} bytes, and the arrays have {whole.bytes}")
         world, run, commit = self.talk.control.world_size, self._identity, self._commit
         return Manifest(
-            self.step, world, self.state, files, self._arrays, run=run, commit=commit, suffix=suffix, tilings=self._tilings
+            self.step, world, self.state, files, whole.arrays, run=run, commit=commit, suffix=suffix, tilings=whole.tilings
         )
 
     def _make_room(self, context: SaveContext, size: int) -> None:

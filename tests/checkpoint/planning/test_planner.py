@@ -38,8 +38,9 @@ class Ranks:
     def agree(self, cut: int) -> bool:
         """Return whether each rank writes what it holds, and the coordinator's part of the manifest says so."""
         boxes = [planner.layout.placed[0].box for planner in self.planners]
-        (array,) = self.planners[0].arrays.values()
-        told = [box for _, box in self.planners[0].tilings[array.tiling].parts(4, array.turn)]
+        whole = self.planners[0].whole
+        (array,) = whole.arrays.values()
+        told = [box for _, box in whole.tilings[array.tiling].parts(4, array.turn)]
         return boxes == told == [Box((0, 0), (cut, 2)), Box((cut, 0), (8 - cut, 2))]
 
 
