@@ -7,6 +7,7 @@ under names of this save alone, and the manifest, put last, makes them a checkpo
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import json
 import logging
@@ -16,7 +17,6 @@ import shutil
 import threading
 import uuid
 from pathlib import Path
-from typing import Protocol
 
 from ..errors import CheckpointError
 from ..faults import reach
@@ -37,64 +37,74 @@ _TOKENED = re.compile(r"rank-\d{5,}-[0-9a-f]{12}\.(safetensors|leaves)")
 NO_ROOM = "make room: an old step goes once the new one is complete, so the disk must hold one step more than checkpoint.keep"
 
 
-class Target(Protocol):
-    """A folder of checkpoints that a run saves into."""
+class Target(abc.ABC):
+    """A folder of checkpoints that a run saves into.
+
+    run        the run that saves here, once `take_over` has named it
+    suspected  a step at which something was wrong with the run: `prune` keeps the newest complete step before it. None: none
+    """
+
+    def __init__(self) -> None:
+        self.run: RunIdentity | None = None
+        self.suspected: int | None = None
+        self._commit = 0
+        # A step that gets its name again while old steps are chosen and hidden must not be taken for the one it replaces.
+        self._announcing = threading.Lock()
 
     def suffix(self, token: str) -> str:
         """Part of the names of a save's data files that is its alone; empty where its folder is."""
-        ...
+        return ""
 
+    @abc.abstractmethod
     def place(self, step: int, token: str) -> str:
         """Path or URL of the folder that the ranks write a save into."""
-        ...
-
-    run: RunIdentity | None
-    """The run that saves here, once `take_over` has named it."""
-
-    suspected: int | None
-    """A step at which something was wrong with the run: `prune` keeps the newest complete step before it. None: none."""
 
     def take_over(self, run: RunIdentity, after: int, step: int | None = None) -> None:
         """Coordinator: the folder is this run's from now on; say what becomes of another run's steps.
 
         after: number of the commit that the run goes on from; its own have higher ones. step: that commit's, if it is its own
         """
-        ...
+        self._take_over(run, step)
+        self.run, self._commit = run, max(self._commit, after)
+
+    @abc.abstractmethod
+    def _take_over(self, run: RunIdentity, step: int | None) -> None: ...
 
     def next_commit(self) -> int:
         """Coordinator: the number of the next commit."""
-        ...
+        self._commit += 1
+        return self._commit
 
+    @abc.abstractmethod
     def make_room(self, step: int, size: int, keep: int) -> None:
         """Coordinator: if a save of `size` bytes has no room, prune first; say so if that is not enough."""
-        ...
 
+    @abc.abstractmethod
     def begin(self, step: int, token: str) -> None:
         """Coordinator: make that folder."""
-        ...
 
+    @abc.abstractmethod
     def commit(self, manifest: Manifest, text: bytes, token: str) -> None:
         """Coordinator: turn the files that all ranks have made durable into a checkpoint. `text`: the manifest encoded."""
-        ...
 
+    @abc.abstractmethod
     def discard(self, step: int, token: str) -> None:
         """Coordinator: delete what a failed save left behind; never raises."""
-        ...
 
+    @abc.abstractmethod
     def prune(self, keep: int) -> list[str]:
         """Coordinator: delete what was replaced, and complete steps beyond the newest `keep` (0: none). Returns their names.
 
         Raises OSError, once everything else is gone, if something could not be deleted; the next call tries it again.
         """
-        ...
 
+    @abc.abstractmethod
     def record(self, line: dict[str, object]) -> None:
         """Coordinator: add a line to the log of saves."""
-        ...
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Let another run save here."""
-        ...
 
 
 def open_target(location: str | Path, coordinator: bool) -> Target:
@@ -105,18 +115,14 @@ def open_target(location: str | Path, coordinator: bool) -> Target:
     return LocalTarget(files.path, coordinator)
 
 
-class LocalTarget:
+class LocalTarget(Target):
     """A folder on a file system that all nodes mount."""
 
     def __init__(self, path: Path, coordinator: bool) -> None:
+        super().__init__()
         self.path = path
-        self.run: RunIdentity | None = None
-        self.suspected: int | None = None
-        self._commit = 0
         self._lock: FolderLock | None = None
         self._leftovers: list[Path] = []  # under names that no step has
-        # A step that gets its name again while old steps are chosen and hidden must not be taken for the one it replaces.
-        self._announcing = threading.Lock()
         if coordinator:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(path)
@@ -127,23 +133,12 @@ class LocalTarget:
                 self.close()  # or the next try would be told of another run
                 raise
 
-    def suffix(self, token: str) -> str:
-        """See Target."""
-        return ""
-
     def place(self, step: int, token: str) -> str:
         """See Target."""
         return str(self.path / f"{step_name(step)}.tmp-{token}")
 
-    def take_over(self, run: RunIdentity, after: int, step: int | None = None) -> None:
-        """See Target."""
+    def _take_over(self, run: RunIdentity, step: int | None) -> None:
         take_over(self.path, run, step)
-        self.run, self._commit = run, max(self._commit, after)
-
-    def next_commit(self) -> int:
-        """See Target."""
-        self._commit += 1
-        return self._commit
 
     def make_room(self, step: int, size: int, keep: int) -> None:
         """See Target."""
@@ -246,16 +241,14 @@ class LocalTarget:
             log.warning("what crashed saves left could not be deleted: %s", fault)
 
 
-class RemoteTarget:
+class RemoteTarget(Target):
     """A folder on an object store. Should two runs write there all the same, their files have names of their own."""
 
     def __init__(self, files: RemoteFiles, coordinator: bool) -> None:
+        super().__init__()
         self.files = files
-        self.run: RunIdentity | None = None
-        self.suspected: int | None = None
         self._commit = list_steps(files).commit if coordinator else 0
         self._lease = Lease(files) if coordinator else None
-        self._announcing = threading.Lock()  # as LocalTarget's
         self._committed: Manifest | None = None
         self._first = True
 
@@ -267,15 +260,8 @@ class RemoteTarget:
         """See Target."""
         return self.files.label(step_name(step))
 
-    def take_over(self, run: RunIdentity, after: int, step: int | None = None) -> None:
-        """See Target."""
+    def _take_over(self, run: RunIdentity, step: int | None) -> None:
         take_over_remote(self.files, run, step)
-        self.run, self._commit = run, max(self._commit, after)
-
-    def next_commit(self) -> int:
-        """See Target."""
-        self._commit += 1
-        return self._commit
 
     def make_room(self, step: int, size: int, keep: int) -> None:
         """See Target: an object store has room."""
@@ -378,15 +364,12 @@ def steps_to_prune(files: LocalFiles | RemoteFiles, keep: int, suspected: int | 
 
 def _check_files(folder: LocalFiles | RemoteFiles, manifest: Manifest) -> None:
     """The coordinator must see every rank's file; it would not if the folder were on a disk of one node alone."""
-    sizes = folder.sizes()
-    for file in manifest.files:
-        size = sizes.get(file.name)
-        if size != file.bytes:
-            found = "is not there" if size is None else f"has {size} bytes instead of {file.bytes}"
-            raise CheckpointError(
-                f"{folder.label(file.name)} {found} as seen from the coordinator; "
-                "checkpoint.folder must be on a file system that all nodes share"
-            )
+    try:
+        check_lengths(folder, manifest)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}, as seen from the coordinator; checkpoint.folder must be on a file system that all nodes share"
+        ) from error
 
 
 def new_token() -> str:
