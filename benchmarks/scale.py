@@ -30,7 +30,7 @@ from meshloom.checkpoint.files import LocalFiles
 from meshloom.checkpoint.manifest import Manifest, encode_arrays, prove_manifest
 from meshloom.checkpoint.planning.description import Description, join
 from meshloom.checkpoint.planning.plan import FileLayout, SavePlan, lay_out
-from meshloom.checkpoint.planning.planner import FREE, Planner
+from meshloom.checkpoint.planning.planner import FREE, NO_STEP, Planner
 from meshloom.checkpoint.reading.index import FileIndex, Locator
 from meshloom.checkpoint.saving.file_report import FileReport, join_reports
 from meshloom.parallel.fragment import Fragment
@@ -126,7 +126,7 @@ def later_plan(row: Row, tensors: list[Tensor], layout: Layout, whole: bytes) ->
     for time_number in (1, 2):
         talk = control.begin("save", 60)
         for child, message in children:
-            note = {"plan": "" if time_number == 1 else text_digest(whole), "obstacles": {}, "left": 0}
+            note = {"plan": "" if time_number == 1 else text_digest(whole), "step": NO_STEP, "obstacles": {}, "left": 0}
             line = json.dumps({"digest": text_digest(message), "note": note}).encode()
             body = message if time_number == 1 else b""
             store.set(f"checkpoint/{talk.number}-save/up/{child}/0", b"m" + line + b"\n" + body)

@@ -24,7 +24,6 @@ from .planning.planner import FREE, Planner
 from .report import SaveReport
 from .saving.commit import LocalTarget, open_target
 from .saving.device import Device
-from .saving.progress import SavePhase
 from .saving.save import Save
 from .saving.save_context import SaveContext
 from .saving.snapshot import Snapshot
@@ -203,8 +202,13 @@ class Checkpointer:
             if save.step == step:
                 save.confirm(doubt)
 
-    def suspect(self, step: int | None) -> None:
-        """Say at which step something was wrong. Retention keeps the newest checkpoint before it; None: it is free."""
+    @property
+    def suspected(self) -> int | None:
+        """A step at which something was wrong. Retention keeps the newest checkpoint before it; None: it is free."""
+        return self._target.suspected
+
+    @suspected.setter
+    def suspected(self, step: int | None) -> None:
         self._target.suspected = step
 
     def before_update(self) -> float:
@@ -225,7 +229,7 @@ class Checkpointer:
         reports: list[SaveReport] = []
         # The newest is asked first: one that ends meanwhile must not be told before another that it came after. And what
         # the GPU has waited for is known when it has got there; asking sooner would hold up the host.
-        for save in [save for save in reversed(self._saves) if save.progress.ended and save.snapshot.settled][::-1]:
+        for save in [save for save in reversed(self._saves) if save.ended and save.snapshot.settled][::-1]:
             reports.append(self._deliver(save))
         if self._failures >= self.config.failures:
             assert self._last_report is not None
@@ -242,7 +246,7 @@ class Checkpointer:
         self._give_up_held()
         reports: list[SaveReport] = []
         while self._saves:
-            self._saves[0].progress.wait(SavePhase.ENDED)
+            self._saves[0].join()
             reports.append(self._deliver(self._saves[0]))
         return reports
 

@@ -62,9 +62,8 @@ class Control:
     rank: int
     world_size: int
     store: Store
-    _rounds: int = field(default=0, init=False)
-    _left: set[int] = field(default_factory=set[int], init=False)
-    _remembered: dict[int, Round] = field(default_factory=dict[int, "Round"], init=False)
+    _begun: int = field(default=0, init=False)
+    _remembered: list[Round] = field(default_factory=list["Round"], init=False)
     _idle: list[Store] = field(default_factory=list[Store], init=False)
     _lock: Any = field(default_factory=threading.Lock, init=False)
 
@@ -76,21 +75,22 @@ class Control:
     def begin(self, kind: str, timeout: float, key: str = "") -> Round:
         """The next agreement. All ranks must begin the same ones in the same order. key: the setting that `timeout` is."""
         with self._lock:
-            self._rounds += 1
-            talk = self._remembered[self._rounds] = Round(self, self._rounds, kind, timeout, key)
+            self._begun += 1
+            talk = Round(self, self._begun, kind, timeout, key)
+            self._remembered.append(talk)
         return talk
 
     @property
     def left(self) -> int:
         """Number of the last round up to which this rank has left all."""
         with self._lock:
-            return min((number for number in self._remembered if number not in self._left), default=self._rounds + 1) - 1
+            return next((talk.number for talk in self._remembered if not talk.left), self._begun + 1) - 1
 
     def forget(self, left: int) -> None:
         """Delete what this rank wrote in rounds up to this number, which all ranks have left."""
         with self._lock:
-            known = [self._remembered.pop(number) for number in sorted(self._remembered) if number <= left]
-            self._left -= {talk.number for talk in known}
+            known = [talk for talk in self._remembered if talk.number <= left]
+            del self._remembered[: len(known)]
         for talk in known:
             talk.delete(self.store)
 
@@ -106,11 +106,6 @@ class Control:
         """Keep a client for the next round."""
         with self._lock:
             self._idle.append(client)
-
-    def note_left(self, number: int) -> None:
-        """This rank reads nothing more of a round."""
-        with self._lock:
-            self._left.add(number)
 
     @classmethod
     def alone(cls) -> Control:
@@ -130,6 +125,7 @@ class Round:
         self.control = control
         self.number = number
         self.timeout = timeout
+        self.left = False
         self._key = key
         self._prefix = f"checkpoint/{number}-{kind}"
         self._client: Store | None = None
@@ -204,7 +200,7 @@ class Round:
 
     def leave(self) -> None:
         """This rank reads nothing more of this round."""
-        self.control.note_left(self.number)
+        self.left = True
         client, self._client = self._client, None
         if client is not None:
             self.control.take_back(client)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -35,6 +36,11 @@ def step_of(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def is_step(files: Files) -> bool:
+    """Return whether a folder is, or ought to be, that of a step, and not one of many."""
+    return step_of(files.label().rpartition("/")[2]) is not None or files.size(MANIFEST) is not None
+
+
 def load_manifest(files: Files, *, arrays: bool = True) -> Manifest:
     """The manifest of a step's folder, with its digest checked; arrays=False: without them, which is faster.
 
@@ -52,16 +58,12 @@ def read_manifest_text(files: Files) -> bytes:
 
 
 def open_step(files: Files) -> Manifest:
-    """The manifest of a step that is complete as far as the folder's listing tells: every rank that starts may ask.
+    """The manifest of a step that is complete as far as a listing of its folder tells: its files are there with their lengths.
 
-    Checks the manifest's digest, that every array is covered, and that every file is there. Their lengths are for whoever
-    reads them, and for `check_lengths`. Raises DamageError naming the file.
+    Checks the manifest's digest, and that every array is covered. Raises DamageError naming the file.
     """
     manifest = open_manifest(files)
-    there = set(files.names())
-    missing = next((name for file in manifest.files for name in (file.name, file.leaves) if name not in there), None)
-    if missing is not None:
-        raise DamageError(files.label(missing), "the file is missing")
+    check_lengths(files, manifest)
     return manifest
 
 
@@ -87,13 +89,6 @@ def check_length(files: Files, manifest: Manifest, file: StoredFile, sizes: Mapp
             raise fault
         finally:
             del fault  # or it and this frame would hold each other, and their callers, until garbage is collected
-
-
-def open_whole_step(files: Files) -> Manifest:
-    """The manifest of a step whose files are all there with their lengths: for whoever chooses a step. Raises DamageError."""
-    manifest = open_step(files)
-    check_lengths(files, manifest)
-    return manifest
 
 
 def length_faults(files: Files, manifest: Manifest, file: StoredFile, sizes: Mapping[str, int | None]) -> Iterator[DamageError]:
@@ -280,13 +275,16 @@ def find_latest(folder: str | Path) -> Path | str | None:
     Anything not committed is ignored, and so is a step whose manifest is damaged or whose files are not all there
     with their lengths.
     """
-    files = open_files(folder)
+    found = _newest_whole(open_files(folder))
+    if found is None:
+        return None
+    return f"{str(folder).rstrip('/')}/{found[0]}" if is_remote(folder) else Path(folder) / found[0]
+
+
+def _newest_whole(files: Files) -> tuple[str, Manifest] | None:
     for name in steps_newest_first(files):
-        try:
-            open_whole_step(files.child(name))
-        except CheckpointError:
-            continue
-        return f"{str(folder).rstrip('/')}/{name}" if is_remote(folder) else Path(folder) / name
+        with contextlib.suppress(CheckpointError):
+            return name, open_step(files.child(name))
     return None
 
 
@@ -296,14 +294,10 @@ def read_newest(location: str | Path) -> Manifest | None:
     None for a folder without one. Raises DamageError where the manifest of a given step is not as written.
     """
     files = open_files(location)
-    if files.size(MANIFEST) is not None or step_of(files.label().rpartition("/")[2]) is not None:
+    if is_step(files):
         return load_manifest(files)
-    for name in steps_newest_first(files):
-        try:
-            return open_whole_step(files.child(name))
-        except CheckpointError:
-            continue
-    return None
+    found = _newest_whole(files)
+    return None if found is None else found[1]
 
 
 def _is_finished(files: Files, name: str) -> bool:
@@ -329,7 +323,7 @@ def step_folders(location: str | Path) -> list[Files]:
     Raises CheckpointError if there is none.
     """
     files = open_files(location)
-    if files.size(MANIFEST) is not None or step_of(files.label().rpartition("/")[2]) is not None:
+    if is_step(files):
         return [files]
     for folder in (files, files.child("checkpoints")):
         names = steps_newest_first(folder)

@@ -22,9 +22,9 @@ from .convert.hugging_face.reading import check_head, fill
 from .dtypes import as_tensor, name_of
 from .errors import CheckpointError, DamageError
 from .files import Files, hugging_face_folder, is_remote, open_files
-from .folder import StepListing, list_steps, load_manifest, open_manifest, open_whole_step, read_manifest_text, step_of
+from .folder import StepListing, is_step, list_steps, load_manifest, open_manifest, open_step, read_manifest_text
 from .identity import RunIdentity
-from .manifest import MANIFEST, Manifest, StoredArray
+from .manifest import Manifest, StoredArray
 from .memory.tier import Recovery, find_recovery, manifest_of, open_recovery
 from .reading.reader import Raw, Reader
 from .reading.shared_reader import SharedReader
@@ -95,12 +95,13 @@ def restore(
     Hugging Face's.
     """
     began = time.perf_counter()
-    mine = list(fragments)
     talk = control.begin("restore", timeout)
     try:
-        return _restore(location, mine, talk, strict, group, may_leave, began)
+        report = _restore(location, list(fragments), talk, strict, group, may_leave)
     finally:
         talk.leave()
+    report.seconds = time.perf_counter() - began
+    return report
 
 
 def _restore(
@@ -110,19 +111,15 @@ def _restore(
     strict: bool,
     group: ProcessGroup | None,
     may_leave: Callable[[str], bool],
-    began: float,
 ) -> RestoreReport:
     skipped: list[str] = []
     for candidate in _candidates(location, talk):
-        prepared = match = None
+        match: _Match | None = None
         try:
             step = _open(candidate, location, talk, group)
             match = _match(step, mine, strict)
-            if group is None or _all_matched(talk, True):
-                prepared, answer = _read(match, group)
-                answer["unused"] = [key for key in answer["unused"] if not may_leave(key)]
-            else:
-                answer = {"unused": []}  # another rank says why
+            all_match = group is None or _all_matched(talk, True)
+            answer = _read(match, group, may_leave) if all_match else {"unused": []}  # another rank says why
         except DamageError as error:
             answer = {"damaged": [error.file, error.what, error.block]}
         except CheckpointError as error:
@@ -136,13 +133,12 @@ def _restore(
         if "refused" in verdict:
             raise CheckpointError(verdict["refused"])
         if "damaged" not in verdict:
-            assert prepared is not None
-            for tensor, values in prepared.values:
+            assert match is not None
+            for tensor, values in match.values:
                 with torch.no_grad():
                     tensor.copy_(values)
-            report = prepared.report
-            report.unused, report.skipped, report.seconds = verdict["unused"], skipped, time.perf_counter() - began
-            return report
+            match.report.unused, match.report.skipped = verdict["unused"], skipped
+            return match.report
         damage = DamageError(*verdict["damaged"])
         if _is_step(location):
             raise damage
@@ -172,7 +168,7 @@ def read_manifest(location: str | Path) -> Manifest:
         with contextlib.suppress(CheckpointError):
             if candidate.startswith(_IN_MEMORY):
                 return manifest_of(candidate.removeprefix(_IN_MEMORY))
-            return open_whole_step(open_files(candidate))
+            return open_step(open_files(candidate))
     raise CheckpointError(f"{location}: there is no complete checkpoint here")
 
 
@@ -181,17 +177,8 @@ def holds_checkpoint(folder: str | Path) -> bool:
     return bool(_found_in(folder))
 
 
-@dataclass
-class _Prepared:
-    report: RestoreReport
-    values: list[tuple[torch.Tensor, torch.Tensor]]
-
-
 def _is_step(location: str | Path) -> bool:
-    if hugging_face_folder(location) is not None:
-        return True
-    named = step_of(str(location).rstrip("/").rpartition("/")[2]) is not None
-    return named or open_files(location).size(MANIFEST) is not None
+    return hugging_face_folder(location) is not None or is_step(open_files(location))
 
 
 def _candidates(location: str | Path, talk: Round) -> list[str]:
@@ -295,11 +282,12 @@ def _from_first(group: ProcessGroup | None, make: Callable[[], T]) -> T:
 
 @dataclass
 class _Match:
-    """The stored arrays matched with the fragments that they go into."""
+    """The stored arrays matched with the fragments that they go into. values: tensor, and what it will hold; once read"""
 
     step: _Opened
     report: RestoreReport
     wanted: list[tuple[Fragment, StoredArray]]
+    values: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list[tuple[torch.Tensor, torch.Tensor]])
 
 
 def _match(step: _Opened, fragments: Sequence[Fragment], strict: bool) -> _Match:
@@ -323,24 +311,26 @@ def _match(step: _Opened, fragments: Sequence[Fragment], strict: bool) -> _Match
     return _Match(step, report, wanted)
 
 
-def _read(match: _Match, group: ProcessGroup | None) -> tuple[_Prepared, dict[str, Any]]:
-    """Read this rank's values into fresh memory, all of them checked. Returns them, and what the others should know.
+def _read(match: _Match, group: ProcessGroup | None, may_leave: Callable[[str], bool]) -> dict[str, Any]:
+    """Read this rank's values into fresh memory, all of them checked. Returns what the others should know.
 
     What has no digests is read into the fragments at once.
     """
     report, wanted, step = match.report, match.wanted, match.step
-    values: list[tuple[torch.Tensor, torch.Tensor]] = []
     if step.foreign is not None:
         traffic = fill(step.foreign, ((fragment.name, fragment.box, fragment.tensor) for fragment, _ in wanted), group)
     else:
         files, manifest = step.files, step.manifest
         reader = Reader(files, manifest) if group is None else SharedReader(files, manifest, group)
         arrays: list[Raw] = reader.read((array, fragment.box) for fragment, array in wanted)
-        values = [(fragment.tensor, as_tensor(raw, array.dtype)) for (fragment, array), raw in zip(wanted, arrays, strict=True)]
+        match.values += [
+            (fragment.tensor, as_tensor(raw, array.dtype)) for (fragment, array), raw in zip(wanted, arrays, strict=True)
+        ]
         traffic = reader.traffic
     report.bytes_wanted, report.bytes_read = traffic.wanted, traffic.read
-    unused = sorted(step.manifest.arrays.keys() - {array.key for _, array in wanted})
-    return _Prepared(report, values), {"unused": unused, "source": step.files.label()}
+    left = step.manifest.arrays.keys() - {array.key for _, array in wanted}
+    unused = sorted(key for key in left if not may_leave(key))
+    return {"unused": unused, "source": step.files.label()}
 
 
 def _all_matched(talk: Round, mine: bool) -> bool:

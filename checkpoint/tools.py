@@ -11,8 +11,7 @@ from ..parallel.box import Box
 from .digest import DIGEST_BYTES, block_digests, leaf_digests, text_digest
 from .errors import CheckpointError, DamageError
 from .files import Files, open_files
-from .folder import length_faults, load_manifest, open_manifest, step_folders, steps_newest_first
-from .manifest import MANIFEST
+from .folder import is_step, length_faults, load_manifest, open_manifest, step_folders, steps_newest_first
 from .reading.reader import Reader
 from .saving.commit import open_target
 from .takeover import SAVES
@@ -91,7 +90,7 @@ def prune(location: str | Path, keep: int) -> list[str]:
     """
     if keep < 1:
         raise CheckpointError("prune: keep at least 1 step")
-    if open_files(location).size(MANIFEST) is not None:
+    if is_step(open_files(location)):
         raise CheckpointError(f"{location}: this is a step; give the folder of all of them")
     in_run = not steps_newest_first(open_files(location)) and bool(step_folders(location))
     target = open_target(f"{str(location).rstrip('/')}/checkpoints" if in_run else location, coordinator=True)

@@ -101,12 +101,12 @@ def _size(count: float) -> str:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from ..checkpoint.folder import open_whole_step, step_folders
+    from ..checkpoint.folder import open_step, step_folders
 
     damaged = 0
     for files in step_folders(arguments.path):
         try:
-            manifest = open_whole_step(files)
+            manifest = open_step(files)
             print(f"{files.label()}  step {manifest.step}  {_size(manifest.bytes)}  {counted(manifest.world_size, 'rank')}")
         except CheckpointError as error:
             damaged += 1

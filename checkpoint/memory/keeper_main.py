@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from ..digest import leaf_digests_by_many, seal
+from ..digest import seal
 from ..faults import install_from_environment, reach
 from ..writing.handover import Taker
+from .hashing import leaf_digests_by_many
 from .parity import span_of
 from .wire import GREETING_SECONDS, PIECE, Address, Connection, greet, own_host, receive_into, receive_line, send
 

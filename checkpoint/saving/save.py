@@ -83,11 +83,20 @@ class Save:
         self._identity: RunIdentity | None = None
         self._commit = 0
 
+    @property
+    def ended(self) -> bool:
+        """Return whether the save has its outcome."""
+        return self.progress.ended
+
     def confirm(self, doubt: str = "") -> None:
         """Let the save become a checkpoint or, if there is a doubt about its step, give it up. The first word stands."""
         if not self._confirmed.is_set():
             self._doubt = doubt
             self._confirmed.set()
+
+    def join(self) -> None:
+        """Wait for the verdict."""
+        self.progress.wait(SavePhase.ENDED)
 
     def leave(self, timeout: float | None = None) -> bool:
         """Wait until the save's thread is over, and with it the deletion of old steps. Returns whether it is."""

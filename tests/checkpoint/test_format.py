@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import mmap
 import random
 import struct
 import subprocess
@@ -21,7 +20,6 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshloom.checkpoint import digest
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
@@ -158,16 +156,6 @@ def test_a_manifest_can_be_read_without_its_arrays(step: Path) -> None:
     whole, short = (Manifest.decode(text, "here", arrays=arrays) for arrays in (True, False))
     assert whole.arrays and not short.arrays
     assert replace(whole, arrays={}, tilings=[]) == short
-
-
-def test_many_processes_hash_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digest, "SHARE_BYTES", 4096)
-    with mmap.mmap(-1, 100_000) as memory:
-        memory[:] = random.Random(1).randbytes(100_000)
-        with memoryview(memory) as view:
-            for size in (0, 1, 4096, 8192, 20_000, 99_999, 100_000):
-                for workers in (0, 1, 2, 3, 7):
-                    assert digest.leaf_digests_by_many(view[:size], workers) == leaf_digests(view[:size])
 
 
 def test_xxh3_of_the_empty_input_is_the_published_value() -> None:

@@ -89,7 +89,7 @@ class Saving(Hook):
     def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
         """Confirm a step whose loss is finite: a save of it may become a checkpoint."""
         self._finite_step = step = row["step"]
-        self._checkpointer.suspect(None if loop.guard is None else loop.guard.suspected)
+        self._checkpointer.suspected = None if loop.guard is None else loop.guard.suspected
         state = self._held.pop(step, None)
         if state is not None and loop.guard is not None:  # only now is it known whether the step was taken
             state["guard"] = loop.guard.state_dict()
