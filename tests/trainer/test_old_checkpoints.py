@@ -12,8 +12,8 @@ import pytest
 from support.ranks import run_ranks
 from support.tiny_run import train
 
-ARCHIVE = Path(__file__).parents[1] / "fixtures" / "checkpoints_2026_11.tar.xz"
-SAVED = 6  # the step whose checkpoint is in the archive
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+SAVED = 6  # the step whose checkpoint is in the archives
 COMMON = (
     "recipe=quickstart data=synthetic data.seq_len=8 data.vocabulary=31 model.vocabulary=31 model.dim=16 model.layers=2 "
     "model.heads=2 model.kv_heads=1 model.ffn_dim=24 precision=fp64 batch.samples=8 batch.micro=2 trainer.eval_every=0 "
@@ -28,9 +28,13 @@ class OldRun:
     ranks: int
     words: str
     elsewhere: tuple[int, str] | None = None
+    archive: str = "checkpoints_2026_11"
 
 
 RUNS = {
+    "adamw_format_1": OldRun(
+        2, "parallel.zero=3 model.tied=false", (2, "parallel.zero=1 parallel.tp=2"), archive="checkpoint_format_1"
+    ),
     "adamw_zero3": OldRun(2, "parallel.zero=3 model.tied=false", (4, "parallel.zero=1 parallel.tp=2")),
     "adamw_tied_pp2": OldRun(2, "parallel.pp=2 model.tied=true", (1, "parallel.pp=1 parallel.zero=0")),
     "norm_test_zero1": OldRun(
@@ -57,7 +61,7 @@ def rows(folder: Path) -> dict[int, tuple[float, float, int]]:
 
 @pytest.mark.parametrize(("name", "ranks", "layout"), CASES)
 def test_an_old_run_resumes_with_the_recorded_losses(tmp_path: Path, name: str, ranks: int, layout: str) -> None:
-    with tarfile.open(ARCHIVE) as archive:
+    with tarfile.open(FIXTURES / f"{RUNS[name].archive}.tar.xz") as archive:
         archive.extractall(tmp_path, [m for m in archive if m.name.startswith(f"./{name}/")], filter="data")
     folder = tmp_path / name / "run"
     recorded = rows(folder)
