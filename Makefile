@@ -17,7 +17,7 @@ train: .venv/core
 	$(BIN)/meshloom train recipe=quickstart $(ARGS)
 
 test: .venv/dev
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

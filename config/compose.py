@@ -117,8 +117,11 @@ class Composer:
         self._known_options: dict[str, list[str]] = {}
         self._schema = run_schema()  # the store gives out a copy each time, which takes a hundredth of a second
 
-    def compose(self, overrides: Sequence[str]) -> Composition:
-        """Compose the config of these overrides. Raises ConfigError if the recipe itself can't be composed."""
+    def compose(self, overrides: Sequence[str], with_notices: bool = True) -> Composition:
+        """Compose the config of these overrides. Raises ConfigError if the recipe itself can't be composed.
+
+        with_notices: those about values of the recipe for another option take one more composition
+        """
         problems: list[Problem] = []
         existing = self._existing(_parse(overrides, self._loader, problems), problems)
         parsed = [self._in_full(each) for each in existing]
@@ -134,7 +137,7 @@ class Composer:
         for group in self._schemas:
             if isinstance(composition.config.get(group), DictConfig):
                 self._leave_out(group, composition, typed)
-                if group in typed and not problems:  # which would end the run, and can't be composed again
+                if with_notices and group in typed and not problems:  # which would end the run, and can't be composed again
                     composition.notices.extend(self._foreign_values(group, composition.config[group], parsed))
         return composition
 
@@ -335,6 +338,10 @@ class Composer:
             options = self._loader.get_group_options(group, config_name=ROOT, overrides=self._joined)
             self._known_options[group] = [name for name in options if not name.startswith("base_")]
         return self._known_options[group]
+
+    def has_option(self, group: str, option: str) -> bool:
+        """Return whether a recipe group has an option. For Meshloom's own ones Hydra, which takes its time, is not asked."""
+        return (RECIPE_FOLDER / group / f"{option}.yaml").is_file() or option in self.options(group)
 
     def _is_choice(self, override: Override) -> bool:
         return bool(self.options(override.key_or_group)) and isinstance(override.value(), str | None)

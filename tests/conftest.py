@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from hypothesis import HealthCheck, settings
 
 from meshloom.checkpoint import faults
 from meshloom.checkpoint.memory.keeper import dismiss, registered
-from meshloom.trainer.schema import register_schemas
+from meshloom.trainer.schema import make_composer
+from support.tiny_run import TINY
 
 torch.set_num_threads(1)
 
@@ -36,7 +38,11 @@ def pytest_xdist_auto_num_workers() -> int:
     return 0 if torch.cuda.is_available() else min(len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # files are dealt to processes in this order: no long one is left for the end
+        tests = Counter(item.path for item in items)
+        slow = Counter(item.path for item in items if "slow" in item.keywords)
+        items.sort(key=lambda item: (-slow[item.path], -tests[item.path]))
     if torch.cuda.is_available():
         items.sort(key=lambda item: "gpu" in item.keywords)  # last: from a process that has used one no ranks are forked
         return
@@ -46,11 +52,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Register the schemas of the config once for all forked ranks, and let their collector pass over what was there before.
+    """Compose a config once for all forked ranks, and let their garbage collector pass over what was there before.
 
-    Either takes a third of a small run.
+    Either takes a third of a small run: the first composition registers schemas, looks for plugins and fills a parser's caches.
     """
-    register_schemas()
+    make_composer().compose([*TINY, "resume=auto", "trainer.hooks=[{_target_:some.Hook,step:1}]"])
     gc.collect()
     gc.freeze()
 

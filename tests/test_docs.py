@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,10 +14,11 @@ import pytest
 from omegaconf import DictConfig
 
 from meshloom.config.compose import OPEN_NODES
+from meshloom.config.keys import keys_of
 from meshloom.launch.cli import COMMANDS
 from meshloom.planner.cluster import is_cluster_word, load_cluster
 from meshloom.trainer.run import run
-from meshloom.trainer.schema import make_composer
+from meshloom.trainer.schema import OPTIONS, make_composer
 from support.configs import resolve_words
 from support.documents import DOCUMENTS, ROOT, write_examples
 from support.tiny_run import TINY
@@ -24,7 +26,6 @@ from support.tiny_run import TINY
 FILE = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|md|yaml|sh|sbatch|toml)|(?:[\w-]+/)+")
 THE_USERS = ("my/", "mine/", "outputs/")  # folders that the examples make
 KEYS = {"launch.sbatch"}  # that look like files
-GROUPS = ("model", "data", "optim", "schedule", "batch")
 
 
 def named_in(text: str) -> Iterator[str]:
@@ -34,23 +35,27 @@ def named_in(text: str) -> Iterator[str]:
 
 
 @cache
-def tracked() -> list[str]:
-    """Every file of the tree; folders end in a slash."""
-    files = [path.relative_to(ROOT) for path in ROOT.rglob("*") if not any(part.startswith(".") for part in path.parts)]
-    return [f"{path}/" if (ROOT / path).is_dir() else str(path) for path in files]
+def tails() -> frozenset[str]:
+    """The paths of all files and folders of the tree, and their ends: `a/b.py`, `b.py`. Folders end in a slash."""
+    found: set[str] = set()
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # .venv has more files than all others
+        inside = Path(folder).relative_to(ROOT).parts
+        for name in (*(f"{name}/" for name in folders), *(name for name in files if not name.startswith("."))):
+            found |= {"/".join((*inside[start:], name)) for start in range(len(inside) + 1)}
+    return frozenset(found)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_that_are_named_exist(document: Path) -> None:
     text = document.read_text()
     named = {name for name in named_in(text) if FILE.fullmatch(name) and not name.startswith(THE_USERS)} - KEYS
-    known = tracked()
     folder = document.parent.relative_to(ROOT)
     absent = [
         name
         for name in sorted(named)
         # From the root, or beside the document; a name alone, or a folder's tail, may lie anywhere.
-        if not (ROOT / folder / name).exists() and not any(f"/{path}".endswith(f"/{name}") for path in known)
+        if not (ROOT / folder / name).exists() and name not in tails()
     ]
     assert absent == []
 
@@ -107,8 +112,7 @@ def test_subcommands_that_are_named_exist(capfd: pytest.CaptureFixture[str]) -> 
 
 @cache
 def every_key() -> frozenset[str]:
-    """Every config key of any option of any group."""
-    composer = make_composer()
+    """Every config key of any option of any group, and the nodes that hold them."""
     keys: set[str] = set()
 
     def walk(node: DictConfig, prefix: str) -> None:
@@ -117,10 +121,10 @@ def every_key() -> frozenset[str]:
             if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
                 walk(value, f"{prefix}{name}.")
 
-    walk(composer.compose([]).config, "")
-    for group in GROUPS:
-        for option in (path.stem for path in (ROOT / "recipes" / group).glob("*.yaml")):
-            walk(composer.compose([f"{group}={option}"]).config, "")
+    walk(make_composer().compose([]).config, "")
+    for group, kinds in OPTIONS.items():
+        for names in (key.name.split(".") for kind in kinds for key in keys_of(kind)):
+            keys |= {".".join((group, *names[:length])) for length in range(1, len(names) + 1)}
     return frozenset(keys)
 
 

@@ -279,10 +279,10 @@ def _compose_resumed(
     own = not is_import(state)
     if own and saved.get("stages"):
         saved["trainer"]["tokens"] = None  # the stages give the length
-    if own and (choices := saved_choices(saved, recorded, composition.config, overrides, composer.options)):
+    if own and (choices := saved_choices(saved, recorded, composition.config, overrides, composer.has_option)):
         words = Words(overrides, choices)
-        composition = composer.compose(words.all)
-        composition.notices.clear()  # about options that the run already has
+        composition = composer.compose(words.all, with_notices=False)
+        composition.notices.clear()  # as the others, they are about options that the run already has
         expand_home(composition.config)
     bad = {problem.key for problem in composition.problems}
     good = [line for line in overrides if line.partition("=")[0].lstrip("+~") not in bad and line not in bad]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -81,25 +81,26 @@ def saved_choices(
     recorded: Mapping[str, str],
     fresh: DictConfig,
     overrides: Iterable[str],
-    options: Callable[[str], Collection[str]],
+    has_option: Callable[[str, str], bool],
 ) -> list[str]:
     """Return overrides that choose the checkpoint's recipe, and its option for each group, where the command line names none.
 
     With them the command line is composed and checked against the options that the resumed run has, and placement comes from
     the file of the run's own recipe.
 
-    recorded: group → the option that the checkpoint states; options: group → its options of today
+    recorded: group → the option that the checkpoint states; has_option: whether a group has an option today
     """
     typed = typed_values(overrides)
     if "recipe" in typed and fresh.get("recipe") != saved.get("recipe"):
         return []
     found: list[str] = []
-    if "recipe" not in typed and saved.get("recipe") != fresh.get("recipe") and saved.get("recipe") in options("recipe"):
-        found.append(f"recipe={saved['recipe']}")
+    recipe = saved.get("recipe")
+    if "recipe" not in typed and recipe is not None and recipe != fresh.get("recipe") and has_option("recipe", recipe):
+        found.append(f"recipe={recipe}")
     for group in (group for group in OPTIONS if group not in typed):
         node: dict[str, Any] = saved.get(group) or {}
         kind = option_of(group, node)
-        if recorded.get(group) in options(group):
+        if group in recorded and has_option(group, recorded[group]):
             found.append(f"{group}={recorded[group]}")
         elif group != "model" and kind is not None and fresh[group].get("_target_") != node["_target_"]:
             found.append(f"{group}={cast(Any, kind).name}")

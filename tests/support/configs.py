@@ -36,9 +36,10 @@ class RecipeComposer(Composer):
         super().__init__(config_dir, OPTIONS)
         self._recipe = recipe
 
-    def compose(self, overrides: Sequence[str]) -> Composition:
+    def compose(self, overrides: Sequence[str], with_notices: bool = True) -> Composition:
         replaced = {word.partition("=")[0] for word in overrides}
-        return super().compose([*(word for word in self._recipe if word.partition("=")[0] not in replaced), *overrides])
+        recipe = [word for word in self._recipe if word.partition("=")[0] not in replaced]
+        return super().compose([*recipe, *overrides], with_notices)
 
 
 def resolve_words(base: list[str], overrides: list[str], world_size: int = 1, config_dir: str | None = None) -> ResolvedRun:

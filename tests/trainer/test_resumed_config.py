@@ -35,7 +35,7 @@ def record(composer: Composer, *overrides: str) -> tuple[dict[str, Any], dict[st
 
 def resume_recorded(composer: Composer, saved: tuple[dict[str, Any], dict[str, str]], *words: str) -> Resumed:
     """The resume of a run whose checkpoints state its choices."""
-    choices = saved_choices(*saved, composer.compose(words).config, words, composer.options)
+    choices = saved_choices(*saved, composer.compose(words).config, words, composer.has_option)
     fresh = composer.compose([*choices, *words])
     assert fresh.problems == []
     return resume_config(saved[0], fresh, words, saved[1])
@@ -46,7 +46,7 @@ def resumed(
 ) -> tuple[RunConfig, list[str]]:
     """The config of a run that goes on with these words, and what is said. recipe: words that stand for a recipe file."""
     today = composer.compose([*recipe, *words]).config
-    choices = saved_choices(saved, {}, today, words, composer.options)
+    choices = saved_choices(saved, {}, today, words, composer.has_option)
     fresh = composer.compose([*choices, *recipe, *words])
     assert fresh.problems == []
     found = resume_config(saved, fresh, words)
@@ -136,7 +136,7 @@ def test_keys_are_those_of_the_run_that_goes_on(composer: Composer) -> None:
     config, _ = resumed(composer, saved, ["optim.norm_max=3", "resume=auto"])
     assert config.optim.name == "lamb" and config.optim.norm_max == 3
     words = ["optim.fused=true", "resume=auto"]
-    choices = saved_choices(saved, {}, composer.compose(words).config, words, composer.options)
+    choices = saved_choices(saved, {}, composer.compose(words).config, words, composer.has_option)
     (problem,) = composer.compose([*choices, *words]).problems
     assert problem.key == "optim.fused" and "optim=lamb has no such key" in str(problem)
 
