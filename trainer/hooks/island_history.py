@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from ...config.words import counted
 from .base import Hook
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class IslandHistory(Hook):
         if before == present:
             return
         if before is not None:
-            log.warning("from step %d on %d islands take part (before: %d): losses depend on it", first, present, before)
+            now = counted(present, "island")
+            log.warning("from step %d on the run has %s (before: %d): losses depend on it", first, now, before)
         self.since.append([first, present])
 
     def state_dict(self) -> dict[str, Any]:
