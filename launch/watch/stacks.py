@@ -25,6 +25,8 @@ FRAMES = 4
 _OWN = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+)(?: in (?P<name>.+))?')
 _PY_SPY = re.compile(r"^\s+(?P<name>\S.*?) \((?P<file>[^()]+):(?P<line>\d+)\)$")
 _COMPILER = re.compile(r"torch/_dynamo/|torch/_inductor/|/triton/|cutlass|cpp_extension")
+_IDLE = ("subproc_pool.py", "torch/_dynamo/eval_frame.py", "torch/_dynamo/external_utils.py")
+"""Inductor's reader of its workers, and what encloses functions that are not to be compiled, such as FSDP2's."""
 _WAITS = re.compile(
     r"\bwait\w*\(|\.item\(\)|\.tolist\(\)|synchronize\(|all_reduce|all_gather|all_to_all|broadcast|barrier|recv\("
 )
@@ -114,8 +116,8 @@ def parse_py_spy(text: str) -> Stack | None:
 
 
 def _compiles(text: str) -> bool:
-    """Return whether a frame of any thread belongs to a compiler. Inductor's idle reader of its workers does not count."""
-    return any(_COMPILER.search(line) and "subproc_pool.py" not in line for line in text.splitlines())
+    """Return whether a frame of any thread belongs to a compiler. What stands in stacks while none compiles does not count."""
+    return any(_COMPILER.search(line) and not any(file in line for file in _IDLE) for line in text.splitlines())
 
 
 def _stack(frames: list[tuple[str, int, str]], source: str, text: str) -> Stack | None:

@@ -119,5 +119,7 @@ def test_a_compiler_at_work_is_seen() -> None:
 def test_a_compiler_in_another_thread_is_seen(file: str) -> None:
     main = 'Current thread 0x1 (most recent call first):\n  File "/v/meshloom/step.py", line 9 in run\n'
     other = f'Thread 0x2 (most recent call first):\n  File "/v/{file}", line 9 in compile\n'
-    idle = other.replace(file, "torch/_inductor/compile_worker/subproc_pool.py")
-    assert [found.compiles for text in (other, idle) if (found := parse_own(text + main)) is not None] == [True, False]
+    idle = [
+        other.replace(file, each) for each in ("torch/_inductor/compile_worker/subproc_pool.py", "torch/_dynamo/eval_frame.py")
+    ]
+    assert [found.compiles for text in (other, *idle) if (found := parse_own(text + main)) is not None] == [True, False, False]
