@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from ..config.keys import Side, key
 from ..config.problems import Problem
+from .context.ring_plan import DIRECT
 from .deepspeed.settings import DeepSpeedConfig
 
 ENGINES = ("torch", "deepspeed")
@@ -36,6 +37,11 @@ class ParallelConfig:
     stage_layers: list[int] | None = key(None, "layers of each stage, written by hand; null: balanced by cost")
     cp: int = key(1, "context-parallel size")
     cp_kind: str = key("ring", "ring (zig-zag ring attention) or ulysses (all-to-all over heads)")
+    ring_direct: int = key(
+        DIRECT,
+        "members of a ring (cp, or a document's under hdp) that each send keys to those who see them; in wider rings neighbours"
+        " hand them on",
+    )
     hdp: str = key(
         "none",
         "hybrid data parallelism: none deals samples to ranks; greedy their documents, by cost, and long ones to several ranks",
@@ -87,6 +93,9 @@ class ParallelConfig:
         if self.cp_kind not in CONTEXT_KINDS:
             fix = f"use {' or '.join(CONTEXT_KINDS)}"
             found.append(Problem(f"{key}.cp_kind", f"there is no '{self.cp_kind}'", fix))
+        if self.ring_direct < 1:
+            fix = f"use 1, or {DIRECT} for the GPUs of a host"
+            found.append(Problem(f"{key}.ring_direct", f"{self.ring_direct} is no number of members", fix))
         if self.hdp not in HYBRID_KINDS:
             found.append(Problem(f"{key}.hdp", f"there is no '{self.hdp}'", f"use {' or '.join(HYBRID_KINDS)}"))
         elif self.hdp == "none" and self.hdp_tokens is not None:

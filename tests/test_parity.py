@@ -122,6 +122,7 @@ TABLE: dict[str, tuple[int, Work]] = {
     },
     **{f"cp 2, {kind} × HSDP": (4, work(4, cp=2, cp_kind=kind, replicate=2)) for kind in CONTEXT_KINDS},
     **{f"cp 4, {kind}, documents": (4, work(4, FEW, cp=4, cp_kind=kind, documents=True)) for kind in CONTEXT_KINDS},
+    "cp 4, ring, documents, keys handed on": (4, work(2, FEW, cp=4, documents=True, ring_direct=1, activation="full")),
     # several at once
     **{f"cp 2, {kind} × tp 2, documents": (4, work(4, cp=2, cp_kind=kind, tp=2, documents=True)) for kind in CONTEXT_KINDS},
     "cp 2, ring × tp 2, whole stream": (4, work(4, FEW, cp=2, tp=2, zero=1, sequence_parallel=False)),

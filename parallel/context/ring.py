@@ -4,8 +4,9 @@ Every member starts with its own keys. In step t it computes on the keys of the 
 step t + 1 are being received, and merges the results by log-sum-exp. Classic ring attention (arXiv 2310.01889) passes whole key
 blocks from neighbour to neighbour. Here the holder sends directly to the member that needs the keys, and only the span that it
 uses: three quarters of the volume under a causal mask, and almost nothing in packed rows of short documents. In the backward
-pass the keys are sent again, and their gradients go directly back to the holder, which sums them in fp32. With grouped-query
-attention keys are smaller than queries, which TokenRing (arXiv 2412.20501) sends.
+pass the keys are sent again, and their gradients go directly back to the holder, which sums them in fp32. In wide rings
+neighbours do hand keys on, and spans that nobody further on uses are left out (`hand_on.py`). With grouped-query attention keys
+are smaller than queries, which TokenRing (arXiv 2412.20501) sends.
 
 The members are a plain list of ranks, given with each call: no process group is made per set of ranks. All messages go over
 one group that contains them.
@@ -30,13 +31,17 @@ from ...kernels.attention_blocks import Segments, block_backward, block_forward,
 from ...kernels.attention_op import register_backward
 from ...kernels.documents import Documents
 from ...kernels.sinks import add_sinks, sinks_gradient
-from .ring_plan import AttentionBlock, RingPlan, Step, plan_documents, plan_rings, plan_whole
+from .blocks import AttentionBlock
+from .exchange import Exchange, Members, Message
+from .ring_plan import DIRECT, RingPlan, plan_documents, plan_rings, plan_whole
+from .steps import Receive, Step
 
 
 @dataclass(frozen=True)
 class Ring:
     """The members that share sequences: their global ranks in order, this process's index among them, and a group for messages.
 
+    direct: the most members that send keys directly; more than that hand them on from neighbour to neighbour.
     The group contains the members and maybe others. With NCCL its communicator must exist before the first call (one
     collective by all of the group), since not every member takes part in every exchange.
     """
@@ -44,6 +49,7 @@ class Ring:
     ranks: tuple[int, ...]
     index: int
     group: dist.ProcessGroup
+    direct: int = DIRECT
 
 
 def ring_attend(
@@ -75,7 +81,7 @@ def ring_attend(
         assert documents is not None
         part, rows = documents.cu_seqlens, documents.host_rings
     assert documents is None or part is not None, "the documents do not know this member's part (`with_ring_part`)"
-    where = (length, list(ring.ranks), ring.index, ring.group.group_name)
+    where = (length, list(ring.ranks), ring.index, ring.direct, ring.group.group_name)
     window = None if window is None or (length is not None and window >= length) else window
     out_BTHD, _ = ring_forward(q_BTHD, k_BTKD, v_BTKD, part, rows, sinks, *where, scale, window, softcap, kernel)
     return out_BTHD
@@ -118,6 +124,7 @@ def ring_forward(
     length: int | None,
     ranks: Sequence[int],
     index: int,
+    direct: int,
     group: str,
     scale: float,
     window: int | None,
@@ -125,7 +132,7 @@ def ring_forward(
     kernel: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `ring_attend`'s output and the log-sum-exp of each row: (B, H, T), or (1, H, B·T) with documents."""
-    call = _Call.of(part_cu_seqlens, host_cu_seqlens, length, ranks, index, group, scale, window, softcap, kernel)
+    call = _Call.of(part_cu_seqlens, host_cu_seqlens, length, ranks, index, direct, group, scale, window, softcap, kernel)
     q, k, v = map(call.rows, (q_BTHD, k_BTKD, v_BTKD))
     out, lse = _forward(q, k, v, call)
     if sinks_H is not None:
@@ -147,6 +154,7 @@ def ring_backward(
     length: int | None,
     ranks: Sequence[int],
     index: int,
+    direct: int,
     group: str,
     scale: float,
     window: int | None,
@@ -154,7 +162,7 @@ def ring_backward(
     kernel: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the gradients (dq, dk, dv, dsinks) of `ring_forward`, each member's for its positions; dsinks may be empty."""
-    call = _Call.of(part_cu_seqlens, host_cu_seqlens, length, ranks, index, group, scale, window, softcap, kernel)
+    call = _Call.of(part_cu_seqlens, host_cu_seqlens, length, ranks, index, direct, group, scale, window, softcap, kernel)
     dout, q, k, v, out = map(call.rows, (dout_BTHD.contiguous(), q_BTHD, k_BTKD, v_BTKD, out_BTHD))
     dq, dk, dv = _backward(dout, q, k, v, out, lse, call)
     return (
@@ -176,8 +184,7 @@ class _Call:
 
     plan: RingPlan
     segments: Segments | None
-    ranks: Sequence[int]
-    group: dist.ProcessGroup
+    members: Members
     left: int | None
     how: dict[str, Any]
 
@@ -189,6 +196,7 @@ class _Call:
         length: int | None,
         ranks: Sequence[int],
         index: int,
+        direct: int,
         group: str,
         scale: float,
         window: int | None,
@@ -198,19 +206,19 @@ class _Call:
         segments = None
         if part_cu_seqlens is None or host_cu_seqlens is None:
             assert length is not None
-            plan = plan_whole(length, len(ranks), index, window)
+            plan = plan_whole(length, len(ranks), index, window, direct)
         else:
             if length is None:
-                plan = plan_rings(tuple(host_cu_seqlens.tolist()), index, window)
+                plan = plan_rings(tuple(host_cu_seqlens.tolist()), index, window, direct)
             else:
-                plan = plan_documents(tuple(host_cu_seqlens.tolist()), length, len(ranks), index, window)
+                plan = plan_documents(tuple(host_cu_seqlens.tolist()), length, len(ranks), index, window, direct)
             if window is None:
                 segments = Segments(part_cu_seqlens, _part_of(plan.own))
             else:
                 segments = _windowed_segments(plan.own, part_cu_seqlens.device)
         found = _resolve_process_group(group)  # pyright: ignore[reportArgumentType]
         how = {"scale": scale, "softcap": softcap, "kernel": kernel}
-        return cls(plan, segments, ranks, found, None if window is None else window - 1, how)
+        return cls(plan, segments, Members(ranks, found), None if window is None else window - 1, how)
 
     def rows(self, x_BTHD: torch.Tensor) -> torch.Tensor:
         """With documents the rows are laid end to end into one, as the plan counts."""
@@ -224,38 +232,12 @@ class _Call:
     @property
     def adds_to_keys(self) -> bool:
         """True if other blocks' gradients of keys are added to those of this member's own sequences."""
-        return bool(self.plan.own_blocks) or any(step.sends for step in self.plan.steps)
+        return bool(self.plan.own_blocks) or any(each.keys for step in self.plan.steps for each in step.returns)
 
     def own_spans(self) -> list[slice]:
         """List where the sequences of whole rows lie on this member."""
         ends = list(accumulate(self.plan.own, initial=0))
         return [slice(start, stop) for start, stop in pairwise(ends)]
-
-
-@dataclass(frozen=True)
-class _Message:
-    """A tensor and the peer that it is sent to or received from."""
-
-    tensor: torch.Tensor
-    member: int
-
-
-class _Exchange:
-    """Point-to-point messages under way. All members post theirs in the same order, so that sends and receives match."""
-
-    def __init__(self, call: _Call, sends: Sequence[_Message], receives: Sequence[_Message]) -> None:
-        self._kept = [*sends, *receives]  # their memory must live until they have arrived
-        operations = [
-            dist.P2POp(operation, message.tensor, call.ranks[message.member], call.group)
-            for operation, messages in ((dist.isend, sends), (dist.irecv, receives))
-            for message in messages
-        ]
-        self._works: list[Any] = dist.batch_isend_irecv(operations) if operations else []
-
-    def wait(self) -> None:
-        """Wait until the messages have arrived; on a GPU only the stream waits."""
-        for work in self._works:
-            work.wait()
 
 
 def _rounds(k: torch.Tensor, v: torch.Tensor, call: _Call) -> Iterator[tuple[Step | None, list[torch.Tensor]]]:
@@ -266,22 +248,31 @@ def _rounds(k: torch.Tensor, v: torch.Tensor, call: _Call) -> Iterator[tuple[Ste
     step: Step | None = None
     arrived: list[torch.Tensor] = []
     for coming in (*call.plan.steps, None):
-        sends, receives = _messages_of_keys(coming, k, v)
-        exchange = _Exchange(call, sends, receives)
+        sends, receives = _messages_of_keys(coming, k, v, arrived)
+        exchange = Exchange(call.members, sends, receives)
         yield step, arrived
         exchange.wait()
         step, arrived = coming, [message.tensor for message in receives]
 
 
-def _messages_of_keys(step: Step | None, k: torch.Tensor, v: torch.Tensor) -> tuple[list[_Message], list[_Message]]:
-    """Return the messages to send in a step, and buffers for those to receive; none after the last step."""
+def _messages_of_keys(
+    step: Step | None, k: torch.Tensor, v: torch.Tensor, arrived: Sequence[torch.Tensor]
+) -> tuple[list[Message], list[Message]]:
+    """Return the messages to send in a step, and buffers for those to receive; none after the last step.
+
+    arrived: the messages of the step before, parts of which are handed on
+    """
     if step is None:
         return [], []
-    sends: list[_Message] = []
+    sends: list[Message] = []
     for send in step.sends:
-        kv_spans = [torch.stack((k[:, start:stop], v[:, start:stop])) for start, stop in send.keys]
-        sends.append(_Message(kv_spans[0] if len(kv_spans) == 1 else torch.cat(kv_spans, dim=2), send.member))
-    return sends, [_Message(_receive_buffer(k, each.length), each.member) for each in step.receives]
+        if send.received is None:
+            kv_spans = [torch.stack((k[:, start:stop], v[:, start:stop])) for start, stop in send.keys]
+        else:
+            kv_spans = [arrived[send.received][:, :, start:stop] for start, stop in send.keys]
+        kv = kv_spans[0] if len(kv_spans) == 1 else torch.cat(kv_spans, dim=2)
+        sends.append(Message(kv.contiguous(), send.member))
+    return sends, [Message(_receive_buffer(k, each.length), each.member) for each in step.receives]
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -324,19 +315,39 @@ def _backward(
                 dk, dv = dk.to(lse.dtype), dv.to(lse.dtype)
             _blocks_backward(call.plan.own_blocks, (dout, q, k, v, out, lse), (dq, dk, dv), call)
             continue
-        found: list[_Message] = []
+        found: list[torch.Tensor] = []
         for each, kv in zip(step.receives, arrived, strict=True):
-            # In the sum's dtype where several blocks see a key: each would be rounded.
+            # In the sum's dtype where several blocks see a key, or several members: each would be rounded.
             seen_often = sum(block.keys[1] - block.keys[0] for block in each.blocks) > each.length
-            dkv = torch.zeros_like(kv, dtype=lse.dtype if seen_often else kv.dtype)
+            summed = seen_often or each.gradient is not None
+            dkv = torch.zeros_like(kv, dtype=lse.dtype if summed else kv.dtype)
             _blocks_backward(each.blocks, (dout, q, kv[0], kv[1], out, lse), (dq, dkv[0], dkv[1]), call)
-            found.append(_Message(dkv.to(kv.dtype), each.member))
-        before, pending = pending, _KeyGradients(call, step, found, k)
-        if before is not None:
-            before.add_to(dk, dv)
+            found.append(dkv)
+        travelling = {} if pending is None else pending.collect(dk, dv)
+        messages = [
+            _gradient_message(each, dkv, travelling.get(number), k.dtype)
+            for number, (each, dkv) in enumerate(zip(step.receives, found, strict=True))
+        ]
+        pending = _KeyGradients(call, step, messages, k, lse.dtype)
     if pending is not None:
-        pending.add_to(dk, dv)
+        pending.collect(dk, dv)
     return dq, dk, dv
+
+
+def _gradient_message(each: Receive, dkv: torch.Tensor, travelling: torch.Tensor | None, dtype: torch.dtype) -> Message:
+    """Return the gradient of received keys for their holder, or with what travels around with them for the next member.
+
+    travelling: the sum of the members before; None: there is none before this one. dtype: of keys
+    """
+    if each.gradient is None:
+        return Message(dkv.to(dtype), each.member)
+    if travelling is None:
+        travelling = _receive_buffer(dkv[0], each.gradient.length).zero_()
+    at = 0
+    for start, stop in each.gradient.keys:
+        travelling[:, :, start:stop] += dkv[:, :, at : at + stop - start]
+        at += stop - start
+    return Message(travelling, each.gradient.to)
 
 
 def _blocks_backward(
@@ -364,27 +375,37 @@ def _blocks_backward(
 
 
 class _KeyGradients:
-    """Gradients of keys, sent to the members that hold the keys; those of this member's own keys are received."""
+    """Gradients of keys on their way to the members that hold the keys; those of this member's own keys are received."""
 
-    def __init__(self, call: _Call, step: Step, found: Sequence[_Message], k: torch.Tensor) -> None:
-        self._step = step
-        self._arriving = [_Message(_receive_buffer(k, send.length), send.member) for send in step.sends]
-        self._exchange = _Exchange(call, found, self._arriving)
+    def __init__(self, call: _Call, step: Step, found: Sequence[Message], k: torch.Tensor, summed: torch.dtype) -> None:
+        """summed: dtype of gradients that travel around a ring."""
+        self._returns = step.returns
+        self._arriving = [
+            Message(_receive_buffer(k, each.length, summed if each.travels else k.dtype), each.member) for each in step.returns
+        ]
+        self._exchange = Exchange(call.members, found, self._arriving)
 
-    def add_to(self, dk: torch.Tensor, dv: torch.Tensor) -> None:
-        """Wait for the gradients of this member's keys, and add them to dk and dv."""
+    def collect(self, dk: torch.Tensor, dv: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Wait for the gradients that arrive, and add those of this member's own keys to dk and dv.
+
+        Returns the others: message of the next step → the gradient that travels with it.
+        """
         self._exchange.wait()
-        for send, message in zip(self._step.sends, self._arriving, strict=True):
+        travelling: dict[int, torch.Tensor] = {}
+        for each, message in zip(self._returns, self._arriving, strict=True):
+            if each.onto is not None:
+                travelling[each.onto] = message.tensor
             at = 0
-            for start, stop in send.keys:
+            for start, stop in each.keys:
                 dk[:, start:stop] += message.tensor[0][:, at : at + stop - start]
                 dv[:, start:stop] += message.tensor[1][:, at : at + stop - start]
                 at += stop - start
+        return travelling
 
 
-def _receive_buffer(k: torch.Tensor, length: int) -> torch.Tensor:
-    """Allocate a message of keys and values to come, (2, B, length, K, D)."""
-    return k.new_empty(2, k.shape[0], length, *k.shape[2:])
+def _receive_buffer(k: torch.Tensor, length: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Allocate a message of keys and values to come, (2, B, length, K, D). dtype: None: that of keys."""
+    return k.new_empty(2, k.shape[0], length, *k.shape[2:], dtype=dtype)
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor, found_out: torch.Tensor, found_lse: torch.Tensor) -> None:

@@ -25,6 +25,7 @@ from ...kernels.documents import Documents
 from ..config import CONTEXT_KINDS
 from ..mesh import Mesh
 from .ring import Ring, on_device, ring_attend, with_ring_part
+from .ring_plan import DIRECT
 from .ulysses import ulysses_attend
 from .zigzag import Piece, deal_pieces
 
@@ -44,16 +45,16 @@ class ContextSlice:
 class ContextParallel:
     """Cuts micro-batches over the cp axis of a mesh, and is the attention that knows of it (`kernels.attention.Attend`)."""
 
-    def __init__(self, mesh: Mesh, kind: str, kernel: Kernel = "cudnn") -> None:
+    def __init__(self, mesh: Mesh, kind: str, kernel: Kernel = "cudnn", ring_direct: int = DIRECT) -> None:
         """Every rank of the cp axis makes one at the same time: the first message needs all of them.
 
-        kernel: what computes a rank's part.
+        kernel: what computes a rank's part; ring_direct: `parallel.ring_direct`.
         """
         assert kind in CONTEXT_KINDS, kind
         self._plain = CausalAttention(kernel)
         self._kind, self._size, self._index = kind, mesh.layout.cp, mesh.coordinates["cp"]
         self._group = mesh.group("cp")
-        self._ring = Ring(tuple(dist.get_process_group_ranks(self._group)), self._index, self._group)
+        self._ring = Ring(tuple(dist.get_process_group_ranks(self._group)), self._index, self._group, ring_direct)
         mesh.sum(torch.zeros((), device=mesh.device), "cp")
 
     def __call__(

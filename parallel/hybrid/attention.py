@@ -16,11 +16,14 @@ from ..mesh import Mesh
 class HybridAttention:
     """Causal attention inside documents, whole or shared. Implements `kernels.attention.Attend`."""
 
-    def __init__(self, mesh: Mesh, kernel: Kernel = "cudnn") -> None:
-        """Every data rank makes one at the same time: the first message needs all of them."""
+    def __init__(self, mesh: Mesh, ring_direct: int, kernel: Kernel = "cudnn") -> None:
+        """Every data rank makes one at the same time: the first message needs all of them.
+
+        ring_direct: `parallel.ring_direct`
+        """
         group = mesh.group("data")
         self._kernel: Kernel = kernel
-        self._ring = Ring(tuple(dist.get_process_group_ranks(group)), mesh.data_rank, group)
+        self._ring = Ring(tuple(dist.get_process_group_ranks(group)), mesh.data_rank, group, ring_direct)
         mesh.sum(torch.zeros((), device=mesh.device), "data")
 
     def __call__(

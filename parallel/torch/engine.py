@@ -59,8 +59,8 @@ class TorchEngine:
         plan = settings.stages or StagePlan.single(len(model.block_modules()))
         assert plan.count == stage_count(parallel), f"{plan.count} stages are no division for parallel.pp={parallel.pp}"
         stages = own_stages(model, plan, mesh.coordinates["pp"])
-        context = ContextParallel(mesh, parallel.cp_kind) if mesh.layout.cp > 1 else None
-        attention = HybridAttention(mesh) if parallel.hdp != "none" else context
+        context = ContextParallel(mesh, parallel.cp_kind, ring_direct=parallel.ring_direct) if mesh.layout.cp > 1 else None
+        attention = HybridAttention(mesh, parallel.ring_direct) if parallel.hdp != "none" else context
         groups = parameter_groups(parallel, mesh.layout, experts_of(model))
         self.weights = Weights(make_strategies(groups, mesh, parallel, settings), mesh, settings.compute)
         fused = fuses_swiglu(model, mesh, parallel, settings), fuses_experts(model, mesh, parallel, settings)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 
 from meshloom.kernels.attention import CausalAttention
 from meshloom.kernels.documents import Documents
+from meshloom.parallel.context.blocks import AttentionBlock
 from meshloom.parallel.context.ring import Ring, ring_attend, with_ring_part
-from meshloom.parallel.context.ring_plan import AttentionBlock, RingPlan, plan_documents, plan_rings
+from meshloom.parallel.context.ring_plan import RingPlan, plan_documents, plan_rings
+from meshloom.parallel.context.steps import Step
 from meshloom.parallel.context.zigzag import cut_document, deal_pieces
 from support.ranks import run_ranks
 
@@ -87,15 +90,16 @@ def share(
     dtype: torch.dtype = torch.float64,
     compiled: bool = False,
     scores: Scores = Scores(),
+    direct: int = 8,
 ) -> list[torch.Tensor]:
-    """This rank's output and gradients in a ring of these members."""
+    """This rank's output and gradients in a ring of these members. direct: the most that send keys directly."""
     group = dist.group.WORLD
     assert group is not None
     at = members.index(rank)
     mine = indices(length, len(members), at, documents)
     *leaves, dout = (taken(tensor, mine) for tensor in inputs(length, kv_heads, dtype))
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    ring = Ring(tuple(members), at, group)
+    ring = Ring(tuple(members), at, group, direct)
     packed = None if documents is None else with_ring_part(Documents.of(documents), len(members), at)
 
     how = scores.arguments()
@@ -147,16 +151,16 @@ def cases(size: int) -> list[tuple[int, int, torch.Tensor | None]]:
 
 
 def _every_case(rank: int, size: int) -> list[list[torch.Tensor]]:
-    return [share(rank, list(range(size)), *case) for case in cases(size)]
+    return [share(rank, list(range(size)), *case, direct=direct) for direct in (8, 1) for case in cases(size)]
 
 
 @pytest.mark.parametrize("size", UNEVEN)
 def test_equals_attention_in_one_process(size: int) -> None:
-    """With and without documents, for every ratio of heads, also where lengths do not divide evenly."""
+    """With and without documents, for every ratio of heads, also where lengths do not divide evenly, and handed on."""
     expected = [whole(*case) for case in cases(size)]  # before the fork, so that what torch imports late is there
     results = run_ranks(size, _every_case)
-    for number, (length, _, documents) in enumerate(cases(size)):
-        assert_shares_equal([result[number] for result in results], expected[number], length, documents)
+    for number, (length, _, documents) in enumerate(2 * cases(size)):
+        assert_shares_equal([result[number] for result in results], expected[number % len(expected)], length, documents)
 
 
 SCORES = (Scores(1), Scores(5), Scores(17), Scores(None, 0.6), Scores(7, 0.9, with_sinks=True))
@@ -220,8 +224,8 @@ def test_float32_stays_within_rounding() -> None:
     assert_shares_equal(run_ranks(3, _in_float32), whole(24, 2, None), 24, tolerance=2e-6)
 
 
-def _in_bf16(rank: int, size: int) -> list[torch.Tensor]:
-    return share(rank, list(range(size)), 128, 1, None, torch.bfloat16)
+def _in_bf16(rank: int, size: int) -> list[list[torch.Tensor]]:
+    return [share(rank, list(range(size)), 128, 1, None, torch.bfloat16, direct=direct) for direct in (8, 1)]
 
 
 def test_gradients_of_keys_are_summed_in_fp32() -> None:
@@ -230,8 +234,9 @@ def test_gradients_of_keys_are_summed_in_fp32() -> None:
     leaves = [leaf.requires_grad_() for leaf in leaves]
     out = CausalAttention()(leaves[0], leaves[1], leaves[2], None, scale=0.4)
     expected = torch.autograd.grad(out, leaves, dout)
-    shares = run_ranks(8, _in_bf16)
-    for number in (1, 2):  # keys, values
+    results = run_ranks(8, _in_bf16)
+    for number, way in product((1, 2), (0, 1)):  # keys, values; sent directly, handed on
+        shares = [result[way] for result in results]
         parts = [(part[1 + number], taken(expected[number], indices(128, 8, at))) for at, part in enumerate(shares)]
         error = torch.cat([(got.double() - want).flatten() for got, want in parts]).norm()
         assert float(error / expected[number].norm()) < 0.0042  # 0.0035; in bf16 0.0050 and 0.0058
@@ -246,8 +251,57 @@ def packed_rows(draw: st.DrawFn) -> tuple[list[int], int, int]:
     return sorted(inner | set(range(0, rows * length + 1, length))), length, draw(st.integers(1, 5))
 
 
+def pairs_of_steps(
+    plans: list[RingPlan], holds: list[list[int]], seen: Callable[[AttentionBlock], Iterator[tuple[int, int]]]
+) -> Counter[tuple[int, int]]:
+    """Play the messages of plans with positions in place of keys, and with pairs in place of gradients.
+
+    Returns the pairs of which gradients come home to the holders of keys. Messages of two members arrive in order.
+    """
+    home: Counter[tuple[int, int]] = Counter()
+    arrived: list[list[list[int]]] = [[] for _ in plans]
+    travelling: list[dict[int, Counter[tuple[int, int]]]] = [{} for _ in plans]
+    for number in range(max(len(plan.steps) for plan in plans)):
+        steps = [plan.steps[number] if number < len(plan.steps) else Step() for plan in plans]
+        keys: dict[tuple[int, int], list[list[int]]] = {}
+        for member, step in enumerate(steps):
+            for send in step.sends:
+                of = holds[member] if send.received is None else arrived[member][send.received]
+                message = [of[position] for start, stop in send.keys for position in range(start, stop)]
+                assert message and len(message) == send.length
+                keys.setdefault((member, send.member), []).append(message)
+        gradients: dict[tuple[int, int], list[tuple[int, Counter[tuple[int, int]]]]] = {}
+        for member, step in enumerate(steps):
+            arrived[member] = []
+            for at, receive in enumerate(step.receives):
+                message = keys[receive.member, member].pop(0) if receive.length else []
+                assert len(message) == receive.length
+                arrived[member].append(message)
+                found = Counter((holds[member][q], message[k]) for block in receive.blocks for q, k in seen(block))
+                to, length = receive.member, receive.length
+                if receive.gradient is not None:
+                    found += travelling[member].pop(at, Counter())
+                    to, length = receive.gradient.to, receive.gradient.length
+                    assert sum(stop - start for start, stop in receive.gradient.keys) == receive.length
+                gradients.setdefault((member, to), []).append((length, found))
+            assert not travelling[member]
+        assert not any(keys.values())
+        for member, step in enumerate(steps):
+            for returned in step.returns:
+                length, found = gradients[returned.member, member].pop(0)
+                assert length == returned.length
+                if returned.onto is None:
+                    spans = {holds[member][at] for start, stop in returned.keys for at in range(start, stop)}
+                    assert len(spans) == length and {key for _, key in found} <= spans
+                    home += found
+                else:
+                    travelling[member][returned.onto] = found
+        assert not any(gradients.values())
+    return home
+
+
 def assert_pairs_once(plans: list[RingPlan], holds: list[list[int]], sequence: list[int], window: int | None) -> None:
-    """Own sequences and blocks together are exactly the causal pairs inside sequences, and messages fit one another.
+    """Own sequences and blocks together are exactly the causal pairs inside sequences, and each gradient comes home.
 
     holds: the positions of each member; sequence: of each position
     """
@@ -269,33 +323,26 @@ def assert_pairs_once(plans: list[RingPlan], holds: list[list[int]], sequence: l
             at += own
         pairs.update((holds[member][q], holds[member][k]) for block in plan.own_blocks for q, k in seen(block))
         assert at == len(holds[member])
-        for number, step in enumerate(plan.steps):
-            sending = {
-                n: [each for each in plan.steps[number].sends if each.member == member] if number < len(plan.steps) else []
-                for n, plan in enumerate(plans)
-            }
-            for receive in step.receives:
-                sent = sending[receive.member].pop(0)  # messages of one pair arrive in order
-                message = [holds[receive.member][position] for start, stop in sent.keys for position in range(start, stop)]
-                assert len(message) == receive.length > 0
-                for block in receive.blocks:
-                    pairs.update((holds[member][q], message[k]) for q, k in seen(block))
-            assert not any(sending.values())
+    pairs += pairs_of_steps(plans, holds, seen)
     expected = {(q, k) for q in range(len(sequence)) for k in range(q + 1) if sequence[q] == sequence[k]}
     expected = {(q, k) for q, k in expected if window is None or q - k < window}
     assert set(pairs) == expected
     assert set(pairs.values()) <= {1}
 
 
-@given(packed_rows(), st.none() | st.integers(1, 40))
+DIRECT = st.integers(1, 6)
+"""Members of a ring at most that send directly."""
+
+
+@given(packed_rows(), st.none() | st.integers(1, 40), DIRECT)
 @settings(deadline=None, max_examples=250)
-def test_plans_cover_each_pair_of_positions_once(case: tuple[list[int], int, int], window: int | None) -> None:
+def test_plans_cover_each_pair_of_positions_once(case: tuple[list[int], int, int], window: int | None, direct: int) -> None:
     bounds, length, size = case
     sequence = [sum(position >= bound for bound in bounds) for position in range(bounds[-1])]
     dealt = deal_pieces(tuple(bounds), length, size)
     holds = [[at for piece in pieces for at in range(piece.start, piece.start + piece.length)] for pieces in dealt]
     assert sorted(position for held_by in holds for position in held_by) == list(range(bounds[-1]))
-    plans = [plan_documents(tuple(bounds), length, size, member, window) for member in range(size)]
+    plans = [plan_documents(tuple(bounds), length, size, member, window, direct) for member in range(size)]
     assert_pairs_once(plans, holds, sequence, window)
 
 
@@ -307,9 +354,11 @@ def rings(draw: st.DrawFn) -> tuple[int, list[tuple[int, int, int]]]:
     return members, draw(st.lists(each, max_size=4))
 
 
-@given(rings(), st.none() | st.integers(1, 40))
+@given(rings(), st.none() | st.integers(1, 40), DIRECT)
 @settings(deadline=None, max_examples=150)
-def test_rings_of_any_runs_cover_each_pair_once(case: tuple[int, list[tuple[int, int, int]]], window: int | None) -> None:
+def test_rings_of_any_runs_cover_each_pair_once(
+    case: tuple[int, list[tuple[int, int, int]]], window: int | None, direct: int
+) -> None:
     members, shared = case
     holds: list[list[int]] = []
     plans: list[RingPlan] = []
@@ -327,10 +376,26 @@ def test_rings_of_any_runs_cover_each_pair_once(case: tuple[int, list[tuple[int,
             before += length
         alone = range(before + member, before + member + 1)  # a document of its own behind them
         holds.append([*held, *alone])
-        plans.append(plan_rings((members, len(own), *(number for ring in own for number in ring), 1), member, window))
+        rings_of_row = (members, len(own), *(number for ring in own for number in ring), 1)
+        plans.append(plan_rings(rings_of_row, member, window, direct))
     sequence = [number for number, (length, *_) in enumerate(shared) for _ in range(length)]
     sequence += [len(shared) + member for member in range(members)]
     assert_pairs_once(plans, holds, sequence, window)
+
+
+@pytest.mark.parametrize("size", [3, 4, 12])
+def test_neighbours_hand_keys_on(size: int) -> None:
+    """Each member has messages with two others, and sends no more keys than directly."""
+    length = 64 * size
+    sent = {}
+    for direct in (1, size):
+        plans = [plan_documents((0, length), length, size, member, None, direct) for member in range(size)]
+        peers = [
+            {each.member for step in plan.steps for each in (*step.receives, *step.sends, *step.returns)} for plan in plans
+        ]
+        assert {len(each) for each in peers} == {2 if direct == 1 else size - 1}
+        sent[direct] = sum(send.length for plan in plans for step in plan.steps for send in step.sends)
+    assert sent[1] == sent[size] == 3 * length * (size - 1) // 4
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])

@@ -45,19 +45,23 @@ LAYOUTS = [(2, 1, 1, 1), (3, 1, 1, 1), (4, 1, 1, 1), (4, 2, 1, 1), (4, 1, 2, 1),
 CASES = {
     2: [
         work(8, zero=1, model=EXPERTS, balance=PRICES),
-        work(8, zero=0, hdp_costs="measured"),
+        work(8, zero=0, hdp_costs="measured", ring_direct=1),
         work(9, zero=1),
         work(8, zero=2),
         work(8, zero=1, model=WINDOW),
         work(8, zero=3, samples=3),
     ],
-    3: [work(6, zero=1, samples=1, documents=False), work(6, zero=1, model=WINDOW)],  # of the first, nothing is left unshared
+    3: [
+        work(6, zero=1, samples=1, documents=False),  # nothing is left unshared
+        work(7, zero=1, samples=3, ring_direct=2),  # rings of two and of three
+        work(6, zero=1, model=WINDOW),
+    ],
     4: [
         work(8, zero=1, tp=2),
-        work(5, zero=3, replicate=2),
+        work(5, zero=3, replicate=2, ring_direct=1),
         work(8, zero=1, ep=4, model=EXPERTS, balance=PRICES),
         work(8, zero=2, ep=2, tp=2, model=EXPERTS),
-        work(8, pp=2, zero=1),
+        work(8, pp=2, zero=1, ring_direct=1),
         work(9, pp=2, zero=3, schedule="interleaved", model=(("layers", 4), *WINDOW)),
         work(12, pp=2, zero=0, schedule="zbv", model=(("layers", 4),)),
         work(8, pp=2, zero=2, ep=2, model=EXPERTS, balance=PRICES),
@@ -75,6 +79,7 @@ def test_cases_share_documents() -> None:
     plans = {ranks: [plan_of(case, ranks) for case in cases] for ranks, cases in CASES.items()}
     assert all(plan.shared for cases in plans.values() for plan in cases)
     assert not any(row.whole for rows in plans[3][0].rows for row in rows)
+    assert {each.ranks for each in plans[3][1].shared} == {2, 3}
 
 
 @pytest.mark.parametrize("ranks", CASES)
@@ -106,7 +111,8 @@ def main(count: int) -> None:
         schedule = random.choice(sorted(SCHEDULES)) if pp > 1 else "1f1b"
         tokens = random.randrange(-(-SEQ_LEN // (ranks // (tp * pp))) + tp, 34)
         model = (*random.choice([(), WINDOW]), *(EXPERTS if ep > 1 else ()), ("layers", 4))
-        case = work(tokens, samples=samples, zero=zero, tp=tp, pp=pp, ep=ep, schedule=schedule, model=model)
+        more = {"zero": zero, "tp": tp, "pp": pp, "ep": ep, "schedule": schedule, "ring_direct": random.randrange(1, 5)}
+        case = work(tokens, samples=samples, model=model, **more)
         (found,) = differences(ranks, [case], timeout=100.0)
         layout = f"{ranks} ranks, tp {tp}, pp {pp} ({schedule}), ep {ep}, ZeRO-{zero}"
         print(f"{layout}, {samples} samples, rows of {tokens}: {found.worst:.1e}", flush=True)
