@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Generator
+from typing import NamedTuple
 
 import torch
 
@@ -14,33 +16,56 @@ Span = tuple[torch.cuda.Event, torch.cuda.Event]
 PASSES = (Phase.FORWARD, Phase.BACKWARD)
 
 
+class StepWork(NamedTuple):
+    """Seconds of a step in which a rank itself worked, and in which it waited inside its passes for messages of rings.
+
+    What it waited includes what a transfer took beyond the computation that it was to be hidden by.
+    """
+
+    own: float
+    ring_wait: float
+
+
+class _Passes(NamedTuple):
+    """The passes of a step on the device, and the waiting in them: for gradients, and for messages of rings."""
+
+    span: Span
+    waits: list[Span]
+    ring_waits: list[Span]
+
+
 class ComputeTime:
     """Measures the own work of a rank's steps: loading data, forward and backward of its share, on a CPU also the update.
 
     On a GPU two events enclose the passes on the device. The host reads them later, when they have passed, and never waits.
-    Waiting for weights that are gathered and gradients that are summed within the passes is left out (`waiting`). What a pass
-    waits for other ranks in another way is in it: under tensor, context, expert and pipeline parallelism, and under DeepSpeed's
-    ZeRO-2 and 3, all ranks of a group show the time of the slowest.
+    Waiting for weights that are gathered and gradients that are summed within the passes is left out (`waiting`). For messages
+    of rings it is told apart (`ring_waiting`). What a pass waits for other ranks in another way is in it: under tensor, expert
+    and pipeline parallelism, and under DeepSpeed's ZeRO-2 and 3, all ranks of a group show the time of the slowest.
     """
 
     def __init__(self, device: torch.device, heartbeat: Heartbeat) -> None:
         self._on_device = device.type == "cuda"
         self._heartbeat = heartbeat
-        self._events: list[tuple[Span, list[Span]]] = []  # of the passes of a step, and of the waiting in them
+        self._events: list[_Passes] = []
         self._begun: torch.cuda.Event | None = None
         self._waits: list[Span] = []
+        self._ring_waits: list[Span] = []
+        self._in_passes = False
         self._host = 0.0
-        self._newest = 0.0
+        self._ring_wait = 0.0  # of the host since `newest` was called
+        self._newest = StepWork(0.0, 0.0)
 
     def __enter__(self) -> None:
         """Begin the passes of a step."""
+        self._in_passes = True
         if self._on_device:
-            self._begun, self._waits = _mark(), []
+            self._begun, self._waits, self._ring_waits = _mark(), [], []
 
     def __exit__(self, *_error: object) -> None:
         """End them."""
+        self._in_passes = False
         if self._begun is not None:
-            self._events.append(((self._begun, _mark()), self._waits))
+            self._events.append(_Passes((self._begun, _mark()), self._waits, self._ring_waits))
             self._begun = None
 
     @contextlib.contextmanager
@@ -61,17 +86,36 @@ class ComputeTime:
             self._waits.append((begun, _mark()))
         heartbeat.beat(phase, micro_batch)
 
-    def newest(self) -> float:
-        """Return the seconds of the newest step whose work is done; 0.0 before there is one. Call it once a step."""
+    @contextlib.contextmanager
+    def ring_waiting(self) -> Generator[None]:
+        """Count what is done within a `with` block in the passes of a step as waiting for a ring's messages.
+
+        A pass has many of these: the heartbeat's phase stays, so that its usual duration is still that of a whole pass.
+        """
+        if not self._in_passes:
+            yield
+        elif self._on_device:
+            begun = _mark()
+            yield
+            self._ring_waits.append((begun, _mark()))
+        else:
+            began = time.monotonic()
+            yield
+            self._ring_wait += time.monotonic() - began
+
+    def newest(self) -> StepWork:
+        """Return the work of the newest step that is done; zeros before there is one. Call it once a step."""
         phases = (Phase.DATA,) if self._on_device else OWN_WORK
         total = sum(self._heartbeat.totals[phase] for phase in phases)
         host, self._host = total - self._host, total
         if not self._on_device:
-            return host
-        while self._events and self._events[0][0][1].query():
-            passes, waits = self._events.pop(0)
-            self._newest = _seconds(passes) - sum(map(_seconds, waits))
-        return host + self._newest
+            ring_wait, self._ring_wait = self._ring_wait, 0.0
+            return StepWork(host - ring_wait, ring_wait)
+        while self._events and self._events[0].span[1].query():
+            passes = self._events.pop(0)
+            ring_wait = sum(map(_seconds, passes.ring_waits))
+            self._newest = StepWork(_seconds(passes.span) - sum(map(_seconds, passes.waits)) - ring_wait, ring_wait)
+        return StepWork(host + self._newest.own, self._newest.ring_wait)
 
 
 def _mark() -> torch.cuda.Event:

@@ -100,6 +100,7 @@ class Loop:
     horizon   of the whole run
     stage     the stage that it trains, of a run that has some
     own_work  seconds that each rank itself worked in the step before that of the newest metrics, by rank
+    ring_wait  seconds that each waited in its passes for messages of rings, of the same step
     """
 
     mesh: Mesh
@@ -118,6 +119,7 @@ class Loop:
     progress: Progress = field(default_factory=Progress)
     stopping: bool = False
     own_work: list[float] = field(default_factory=list[float])
+    ring_wait: list[float] = field(default_factory=list[float])
     _pending: list[Pending] = field(default_factory=list)
     _began: DeviceTimestamp = field(init=False)
     _own_work: torch.Tensor | None = None
@@ -263,11 +265,13 @@ class Loop:
 
         The signals count the ranks on which a stop was requested, and those on which a hook has a fault. All ranks of a data
         rank (its pipeline, context and tensor peers) count the same tokens; the sum is divided by them. Own work is the seconds
-        that each rank itself worked in its newest step; it goes to the host with the step's numbers.
+        that each rank itself worked in its newest step, and behind them those that each waited for its rings; it goes to the
+        host with the step's numbers.
         """
         island, layout, device = self.island, self.island.layout, self.island.device
-        own_work = [0.0] * layout.world_size
-        own_work[island.rank] = island.compute_time.newest()
+        ranks = layout.world_size
+        own_work = [0.0] * (2 * ranks)
+        own_work[island.rank :: ranks] = island.compute_time.newest()
         counts = [valid_tokens, stop_requested, self._fault is not None, *own_work]
         # From pinned memory: a copy to a GPU from pageable memory waits for all work queued before it.
         counted = torch.tensor(counts, dtype=torch.float64, pin_memory=device.type == "cuda")
@@ -331,7 +335,8 @@ class Loop:
             progress, numbers = step.progress, step.numbers.read()
             phase = self.mesh.heartbeat.phase
             self.mesh.heartbeat.beat(Phase.HOOKS)  # nobody knows how long a hook, or a replay of the guard, takes
-            self.own_work = step.numbers.read_vector()
+            work = step.numbers.read_vector()
+            self.own_work, self.ring_wait = work[: len(work) // 2], work[len(work) // 2 :]
             seconds = step.done.seconds_since(step.began)
             self._stop_here |= numbers.pop("stops") > 0
             self.stopping |= self._stop_here and self.engine.islands is None  # islands stop where they agree to

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+Waiting = Callable[[], AbstractContextManager[None]]
+"""Makes a context around waiting for messages, which measures it."""
+
+_WAITING: dict[str, Waiting] = {}  # by the name of the group: an operator takes no objects, and finds its group so, too
+
+
+def measure_waiting(group: dist.ProcessGroup, waiting: Waiting) -> Callable[[], object]:
+    """Measure how long messages of a group are waited for, from now on. Returns what ends that."""
+    _WAITING[group.group_name] = waiting
+    return lambda: _WAITING.pop(group.group_name, None)
 
 
 @dataclass(frozen=True)
@@ -16,6 +28,11 @@ class Members:
 
     ranks: Sequence[int]
     group: dist.ProcessGroup
+
+    @property
+    def waiting(self) -> Waiting:
+        """What measures how long this process waits for their messages."""
+        return _WAITING.get(self.group.group_name, nullcontext)
 
 
 @dataclass(frozen=True)
@@ -38,8 +55,11 @@ class Exchange:
             if message.tensor.numel()
         ]
         self._works: list[Any] = dist.batch_isend_irecv(operations) if operations else []
+        self._waiting = members.waiting
 
     def wait(self) -> None:
         """Wait until the messages have arrived; on a GPU only the stream waits."""
-        for work in self._works:
-            work.wait()
+        if self._works:
+            with self._waiting():
+                for work in self._works:
+                    work.wait()

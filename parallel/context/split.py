@@ -24,6 +24,7 @@ from ...kernels.attention_blocks import Kernel
 from ...kernels.documents import Documents
 from ..config import CONTEXT_KINDS
 from ..mesh import Mesh
+from .exchange import measure_waiting
 from .ring import Ring, on_device, ring_attend, with_ring_part
 from .ring_plan import DIRECT
 from .ulysses import ulysses_attend
@@ -55,6 +56,7 @@ class ContextParallel:
         self._kind, self._size, self._index = kind, mesh.layout.cp, mesh.coordinates["cp"]
         self._group = mesh.group("cp")
         self._ring = Ring(tuple(dist.get_process_group_ranks(self._group)), self._index, self._group, ring_direct)
+        mesh.before_closing.append(measure_waiting(self._group, mesh.compute_time.ring_waiting))
         mesh.sum(torch.zeros((), device=mesh.device), "cp")
 
     def __call__(

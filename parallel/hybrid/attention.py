@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from ...kernels.attention_blocks import Kernel
 from ...kernels.documents import Documents
+from ..context.exchange import measure_waiting
 from ..context.ring import Ring, ring_attend
 from ..mesh import Mesh
 
@@ -24,6 +25,7 @@ class HybridAttention:
         group = mesh.group("data")
         self._kernel: Kernel = kernel
         self._ring = Ring(tuple(dist.get_process_group_ranks(group)), mesh.data_rank, group, ring_direct)
+        mesh.before_closing.append(measure_waiting(group, mesh.compute_time.ring_waiting))
         mesh.sum(torch.zeros((), device=mesh.device), "data")
 
     def __call__(

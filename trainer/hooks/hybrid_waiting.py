@@ -15,10 +15,11 @@ COMPILING = 2
 
 
 class MeasureWaiting(Hook):
-    """Adds `hybrid/measured_wait` to the metrics: the part of the ranks' time in which they waited for the slowest one.
+    """Adds to the metrics which part of the ranks' time they waited, until the last one had run its passes.
 
-    That is 1 - mean / largest of the ranks' own work, in the step before that of the row. What a rank waits within a ring
-    counts as its work. It exists on rank 0.
+    hybrid/measured_wait  for their rings, and at the end of the step: 1 - mean of the own work / largest time of passes
+    hybrid/ring_wait      the first part of it alone
+    Both are of the step before that of the row. It exists on rank 0.
     """
 
     alone = True
@@ -34,5 +35,7 @@ class MeasureWaiting(Hook):
     def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
         """Add the waiting to the row."""
         self._seen += 1
-        if self._seen > COMPILING and (slowest := max(loop.own_work)) > 0:
+        passes = np.add(loop.own_work, loop.ring_wait)
+        if self._seen > COMPILING and (slowest := float(passes.max())) > 0:
             row["hybrid/measured_wait"] = 1 - float(np.mean(loop.own_work)) / slowest
+            row["hybrid/ring_wait"] = float(np.mean(loop.ring_wait)) / slowest

@@ -18,7 +18,8 @@ from meshloom.parallel.hybrid.cost import CostModel
 from meshloom.parallel.hybrid.share import BatchDocuments, HybridAssigner
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.pipeline.stages import SCHEDULES
-from meshloom.trainer.loop import PlansDiffer
+from meshloom.trainer.hooks.base import Hook
+from meshloom.trainer.loop import Loop, PlansDiffer
 from support.parity import SEQ_LEN, UnevenSamples, Work, build, differences, take_steps
 from support.ranks import run_ranks
 
@@ -86,6 +87,29 @@ def test_cases_share_documents() -> None:
 def test_losses_and_gradients_are_those_of_one_process(ranks: int) -> None:
     for case, found in zip(CASES[ranks], differences(ranks, CASES[ranks], timeout=100.0), strict=True):
         assert found.worst < TOLERANCE, (case.parallel, found)
+
+
+class RingWaits(Hook):
+    """Keeps the seconds that ranks waited for their rings."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[float]] = []
+
+    def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
+        self.steps.append(loop.ring_wait)
+
+
+def ring_waits(rank: int, world_size: int, cases: list[Work]) -> list[list[list[float]]]:
+    found = [RingWaits() for _ in cases]
+    for hook, case in zip(found, cases, strict=True):
+        take_steps(build(case, world_size), case, range(2), hook)
+    return [hook.steps for hook in found]
+
+
+def test_waiting_for_rings_is_told_of_every_rank() -> None:
+    cases = [work(8, zero=1), Work(ParallelConfig(cp=2)), Work(ParallelConfig(zero=1))]
+    shared, cut, whole = run_ranks(2, ring_waits, cases, timeout=60.0)[0]
+    assert all(wait > 0 for wait in (*shared[1], *cut[1])) and whole[1] == [0.0, 0.0]  # a row has those of the step before
 
 
 def differing(rank: int, world_size: int) -> str:

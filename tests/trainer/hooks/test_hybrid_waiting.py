@@ -22,12 +22,12 @@ NAME = "hybrid/measured_wait"
 
 def test_waiting_is_the_time_in_which_others_still_work() -> None:
     hook, rows = MeasureWaiting(), [dict[str, Any]() for _ in range(4)]
-    loop: Any = SimpleNamespace(own_work=[0.25, 0.5, 0.0, 1.0])
+    loop: Any = SimpleNamespace(own_work=[0.25, 0.5, 0.0, 0.75], ring_wait=[0.5, 0.0, 0.0, 0.25])
     for row in rows[:3]:
         hook.on_metrics(loop, row)
-    loop.own_work = [0.0] * 4
+    loop.own_work = loop.ring_wait = [0.0] * 4
     hook.on_metrics(loop, rows[3])
-    assert rows == [{}, {}, {NAME: (0.75 + 0.5 + 1.0) / 4}, {}]
+    assert rows == [{}, {}, {NAME: (0.75 + 0.5 + 1.0 + 0.25) / 4, "hybrid/ring_wait": 0.75 / 4}, {}]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,30 @@
+"""A rank's own work, told apart from its waiting for rings."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from meshloom.parallel import compute_time
+from meshloom.parallel.compute_time import ComputeTime, StepWork
+from meshloom.parallel.heartbeat import Phase
+
+
+def test_waiting_for_rings_in_passes_is_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((10.0, 12.5, 20.0, 20.5))
+    monkeypatch.setattr(compute_time, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    heartbeat: Any = SimpleNamespace(totals=[0.0] * len(Phase))
+    measured = ComputeTime(torch.device("cpu"), heartbeat)
+    assert measured.newest() == StepWork(0.0, 0.0)
+    with measured.ring_waiting():  # of an evaluation: in no pass of a step
+        pass
+    with measured:
+        for _ in range(2):
+            with measured.ring_waiting():
+                pass
+    heartbeat.totals[Phase.FORWARD], heartbeat.totals[Phase.BACKWARD] = 4.0, 5.0
+    assert measured.newest() == StepWork(6.0, 3.0)
+    assert measured.newest() == StepWork(0.0, 0.0)
