@@ -19,6 +19,7 @@ from ..models.mixture.mixture import makes_choices, sends_tokens
 from ..models.mixture.routing import choose_active, choose_experts
 from .context.ring import ring_forward
 from .kept_results import Keeps, keeping
+from .on_host import BlockingCopies, Copies, on_host
 from .policies import POLICIES
 
 _ATTENTION = {
@@ -36,8 +37,6 @@ _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, router_log
 _PRODUCTS_KEPT = 5
 """The first of the matrix products of a block that does not say how many (`products_kept`): Llama's q, k, v, attention's output
 and the gate. The next one's output is recomputed, and the backward pass does not read the last one's."""
-
-_SMALL = 1 << 16  # bytes: a smaller tensor is not worth a copy to the host
 
 
 def _selection(products_kept: int) -> Keeps:
@@ -92,46 +91,13 @@ def _checkpointed(forward: Callable[..., Any], keep: Callable[[], Any] | None) -
     return run
 
 
-def _offloaded(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `forward` so that saved tensors are kept in host memory. Weights stay; a tensor saved several times is copied once.
-
-    Copies run on the stream of the computation: they take its time, and no source is overwritten during a copy.
-    """
-
-    def storage(tensor: torch.Tensor) -> int:
-        return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage().data_ptr()
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        weights = {storage(parameter) for parameter in block.parameters()}
-        # The originals are held until the block is through, so that no second tensor can have a first one's address.
-        copies: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
-
-        def pack(tensor: torch.Tensor) -> Any:
-            if tensor.numel() * tensor.element_size() < _SMALL or isinstance(tensor, DTensor) or storage(tensor) in weights:
-                return tensor
-            key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor._version)
-            if key not in copies:
-                host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-                host.copy_(tensor, non_blocking=True)
-                copies[key] = (tensor, host)
-            return tensor.device, copies[key][1]
-
-        def unpack(packed: Any) -> torch.Tensor:
-            if isinstance(packed, torch.Tensor):
-                return packed
-            device, host = packed
-            return host.to(device, non_blocking=True)
-
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-                return forward(*args, **kwargs)
-        finally:
-            copies.clear()
-
-    return run
-
-
-def apply_policies(blocks: Sequence[nn.Module], policies: Sequence[str], *, compiled: bool = False) -> None:
+def apply_policies(
+    blocks: Sequence[nn.Module],
+    policies: Sequence[str],
+    *,
+    compiled: bool = False,
+    hidden: Sequence[Callable[[], Copies | None]] = (),
+) -> None:
     """Make each block keep what its policy says, and compile it where asked to, before it is sharded.
 
     The blocks' `forward` is replaced, so parameter names stay as they are.
@@ -142,12 +108,14 @@ def apply_policies(blocks: Sequence[nn.Module], policies: Sequence[str], *, comp
     full       keep only the block's input, and the choice of experts
     offload    keep everything, in host memory
 
+    hidden: begins a pass over each block under policy "none" whose results may go to the host (`on_host.RowOffload`)
+
     Checkpointing is inside of what is compiled, so that the compiler sees what is computed again and fuses it; copies to
     the host are outside, because it can't see them. Around a tensor-parallel block, policy "full" is outside too: the
     compiler would save its mesh as if that were a tensor, and fail. There the block's last product is computed again as well.
     The same holds around tokens that travel to other ranks, where the compiler pauses: it can't inside of a checkpoint.
     """
-    for block, policy in zip(blocks, policies, strict=True):
+    for number, (block, policy) in enumerate(zip(blocks, policies, strict=True)):
         assert policy in POLICIES, policy
         outside = sends_tokens(block) or any(isinstance(weight, DTensor) for weight in block.parameters())
         selection = functools.partial(_selection, getattr(block, "products_kept", _PRODUCTS_KEPT))
@@ -159,7 +127,8 @@ def apply_policies(blocks: Sequence[nn.Module], policies: Sequence[str], *, comp
             continue
         if policy in ("selective", "full"):
             block.forward = _checkpointed(block.forward, contexts)
-        if policy == "offload":
-            block.forward = _offloaded(block, torch.compile(block.forward) if compiled else block.forward)
+        begin = BlockingCopies if policy == "offload" else hidden[number] if hidden and policy == "none" else None
+        if begin is not None:
+            block.forward = on_host(block, torch.compile(block.forward) if compiled else block.forward, begin)
         elif compiled:
             block.compile()

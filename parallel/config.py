@@ -51,6 +51,10 @@ class ParallelConfig:
         "with hdp: the cluster by whose rates documents cost, as `meshloom calibrate --as` names it, the same on all nodes;"
         " null: counts of FLOPs tell",
     )
+    hdp_offload: bool = key(
+        False,
+        "with hdp_costs: rows keep activations in host memory, as many as the cluster's rates let be copied during computation",
+    )
     hdp_tokens: int | None = key(None, "with hdp: tokens of a rank's micro-batch at most; null: batch.micro times data.seq_len")
     copy_engines: bool = key(
         True, "GPUs of one host send weights and gradients that only move by their copy engines, where NCCL can (torch engine)"
@@ -104,6 +108,9 @@ class ParallelConfig:
         if self.hdp == "none" and self.hdp_costs is not None:
             fix = f"leave it null, or use {key}.hdp=greedy"
             found.append(Problem(f"{key}.hdp_costs", "only hybrid data parallelism reads it", fix))
+        if self.hdp_offload and self.hdp_costs is None:
+            fix = f"leave it false, or name a cluster by {key}.hdp_costs"
+            found.append(Problem(f"{key}.hdp_offload", "how much can be copied unnoticed follows from measured rates", fix))
         if self.hdp_tokens is not None and self.hdp_tokens < max(1, self.tp):
             message = f"{self.hdp_tokens} tokens are no micro-batch for {key}.tp={self.tp}"
             found.append(Problem(f"{key}.hdp_tokens", message, "use thousands, or null"))

@@ -21,6 +21,7 @@ from ..optim.local.config import SYNCHRONOUS, LocalConfig
 from ..optim.optimizers.parameters import NamedParameter, Shards
 from .fragment import Fragment
 from .gradient_noise import Measure, Moments
+from .hybrid.hidden_copies import HiddenCopies
 from .pipeline.stages import StagePlan
 
 OptimizerFactory = Callable[[Sequence[NamedParameter], Shards], torch.optim.Optimizer]
@@ -42,6 +43,7 @@ class EngineSettings:
     attention  kernel that attention computes with in half precision on a GPU, by the layers' windows (None: without one)
     balance    of the load of a mixture's experts
     local      how islands join what they have learned; default: there is one
+    hidden_copies  how much of rows' activations goes to host memory beside the computation; None: nothing
     masters    how masters are kept where the computation is in bf16: one of `trainer.masters`
     """
 
@@ -54,6 +56,7 @@ class EngineSettings:
     seq_len: int = 0
     measures: bool = False
     masters: str = "full"
+    hidden_copies: HiddenCopies | None = None
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     local: LocalConfig = SYNCHRONOUS
     attention: Mapping[int | None, Kernel] = field(default_factory=dict[int | None, Kernel])

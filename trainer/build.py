@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,7 +63,7 @@ from .hooks.sampling import SampleText
 from .hooks.saving import Saving
 from .hooks.stragglers import NameStragglers
 from .hooks.tasks import TaskEvaluation
-from .hybrid import hybrid_dealer
+from .hybrid import hidden_copies, hybrid_dealer
 from .loop import Loop, agree_on_plan
 from .schema import RunConfig
 from .stages.record import Place, StageRecord
@@ -244,6 +244,7 @@ def _build(
     controller = build_controller(config.batch, build_horizon(config, data.seq_len, place=place, group="batch"))
     schedule_horizon = build_horizon(config, data.seq_len, place=place, group="schedule")
     settings = engine_settings(config, model, data.seq_len, controller.needs_statistics)
+    settings = replace(settings, hidden_copies=hidden_copies(config, mesh.layout, model.decoder_config))
     engine = make_engine(model, mesh.island, optimizer_factory(config.optim), config.parallel, settings)
     dealer = build_dealer(config, mesh.layout, model, mesh.island_number)
     journal = Journal(data.fingerprint)

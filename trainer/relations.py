@@ -173,6 +173,7 @@ def _hybrid(config: RunConfig, start: Start) -> Iterator[Problem]:
         cut_losses=[f"balance.{name}" for name in balance.counted_in_parts],
         drops_tokens=config.model.drops_tokens,
         float8=config.trainer.float8,
+        keeps_all=config.trainer.activation == "none" and config.trainer.activation_budget is None,
     )
     if parallel.hdp_costs is not None:
         try:

@@ -10,7 +10,14 @@ from .planning import row_unit
 
 
 def hybrid_problems(
-    parallel: ParallelConfig, *, masked: bool | None, halves: bool, cut_losses: Sequence[str], drops_tokens: bool, float8: str
+    parallel: ParallelConfig,
+    *,
+    masked: bool | None,
+    halves: bool,
+    cut_losses: Sequence[str],
+    drops_tokens: bool,
+    float8: str,
+    keeps_all: bool,
 ) -> Iterator[Problem]:
     """Yield what can't be combined with `parallel.hdp`.
 
@@ -19,6 +26,7 @@ def hybrid_problems(
     cut_losses    keys by which the balance of experts counts samples or micro-batches
     drops_tokens  whether experts drop tokens beyond a part of a micro-batch's
     float8        trainer.float8
+    keeps_all     whether blocks keep all activations (trainer.activation=none, no budget)
     """
     off = "or parallel.hdp=none"
     if parallel.engine != "torch":
@@ -27,6 +35,12 @@ def hybrid_problems(
     if parallel.cp > 1:
         text = "it shares long documents by itself, and short ones not at all"
         yield Problem("parallel.cp", text, f"use parallel.cp=1, {off}")
+    if parallel.hdp_offload and parallel.pp > 1:
+        text = "a pipeline runs other micro-batches between both passes of one"
+        yield Problem("parallel.hdp_offload", text, "use false, or parallel.pp=1")
+    if parallel.hdp_offload and not keeps_all:
+        text = "it copies what blocks keep, and they are told to keep little"
+        yield Problem("parallel.hdp_offload", text, "use false, or trainer.activation=none without a budget")
     if masked is False:
         text = "attention crosses documents, so that they can't be dealt apart"
         yield Problem("data.document_mask", text, f"set it to true, {off}")

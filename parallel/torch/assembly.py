@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Mapping
 
@@ -27,6 +28,7 @@ from ..engine import EngineSettings
 from ..experts.dispatch import spread_experts
 from ..hybrid.attention import HybridAttention
 from ..mesh import Mesh
+from ..on_host import RowOffload
 from ..pipeline.stages import StagePlan, splits_backward
 from ..policies import dense_feed_forwards, fused_experts_blocker, fused_swiglu_blocker
 from ..shards import local
@@ -104,10 +106,11 @@ def parallelize_stage(
     *,
     fuse_swiglu: bool,
     fuse_experts: bool,
+    offload: RowOffload | None = None,
 ) -> None:
     """Apply kernels, float8, expert and tensor parallelism, and activation policies to a stage. The order matters.
 
-    fuse_swiglu, fuse_experts: the results of `fuses_swiglu` and `fuses_experts`.
+    fuse_swiglu, fuse_experts: the results of `fuses_swiglu` and `fuses_experts`; offload: of rows' activations.
     """
     blocks = stage.block_modules()
     policies = {layer: settings.policy(layer) for layer in blocks}
@@ -132,7 +135,8 @@ def parallelize_stage(
     elsewhere = spread_experts(stage, mesh.axes["ep"]) if mesh.layout.ep > 1 else ()
     if mesh.layout.tp > 1:
         apply_tensor_parallelism(stage, mesh.axes["tp"], parallel.sequence_parallel, elsewhere)
-    apply_policies(list(blocks.values()), list(policies.values()), compiled=settings.compile)
+    hidden = [] if offload is None else [functools.partial(offload.begin_block, layer) for layer in blocks]
+    apply_policies(list(blocks.values()), list(policies.values()), compiled=settings.compile, hidden=hidden)
 
 
 def fill_weights(weights: Mapping[str, LocalWeight], model: Model, seed: int, on: torch.device) -> None:

@@ -32,6 +32,7 @@ from ..heartbeat import Phase
 from ..hybrid.attention import HybridAttention
 from ..mesh import Mesh
 from ..observers import GradientObserver, optimizer_observers
+from ..on_host import RowOffload
 from ..optimizer_state import optimizer_fragments
 from ..pipeline.run import Pipeline
 from ..pipeline.shared_cell import SharedCell, own_parameters
@@ -64,8 +65,12 @@ class TorchEngine:
         groups = parameter_groups(parallel, mesh.layout, experts_of(model))
         self.weights = Weights(make_strategies(groups, mesh, parallel, settings), mesh, settings.compute)
         fused = fuses_swiglu(model, mesh, parallel, settings), fuses_experts(model, mesh, parallel, settings)
+        offload: RowOffload | None = None
+        if settings.hidden_copies is not None:
+            offload = RowOffload(settings.hidden_copies, list(model.block_modules()), mesh.device)
+        how = {"fuse_swiglu": fused[0], "fuse_experts": fused[1]}
         for stage in stages.values():
-            parallelize_stage(stage, mesh, attention, parallel, settings, fuse_swiglu=fused[0], fuse_experts=fused[1])
+            parallelize_stage(stage, mesh, attention, parallel, settings, **how, offload=offload)
             self.weights.shard(stage)
         held = list(stages.values())
         self.module: nn.Module = held[0] if len(held) == 1 else nn.ModuleList(held)
@@ -84,7 +89,7 @@ class TorchEngine:
             pipeline = Pipeline(stages, plan, parallel, mesh, settings.compute)
             self._step = PipelinedStep(pipeline, inputs, shared)
         else:
-            self._step = Accumulation(self.module, inputs, self.weights, mesh)
+            self._step = Accumulation(self.module, inputs, self.weights, mesh, offload)
         self.weights.adopt(held, named)
         fill_weights(self.weights.local, model, settings.seed, mesh.device)
 

@@ -11,6 +11,7 @@ from torch import nn
 from ...data.batch import MicroBatch
 from ..heartbeat import Phase
 from ..mesh import Mesh
+from ..on_host import RowOffload
 from ..pipeline.run import Pipeline
 from .inputs import ModelInputs
 from .weights import Weights
@@ -41,8 +42,11 @@ class StepStrategy(Protocol):
 class Accumulation:
     """Gradient accumulation: micro-batches one after another, each forward and backward."""
 
-    def __init__(self, module: nn.Module, inputs: ModelInputs, weights: Weights, mesh: Mesh) -> None:
-        self._module, self._inputs, self._weights = module, inputs, weights
+    def __init__(
+        self, module: nn.Module, inputs: ModelInputs, weights: Weights, mesh: Mesh, offload: RowOffload | None = None
+    ) -> None:
+        """offload: keeps activations of rows on the host."""
+        self._module, self._inputs, self._weights, self._offload = module, inputs, weights, offload
         self._device, self._heartbeat = mesh.device, mesh.heartbeat
 
     def _forward(self, micro_batch: MicroBatch) -> torch.Tensor:
@@ -63,8 +67,12 @@ class Accumulation:
         for number, micro_batch in enumerate(micro_batches, start=1):
             self._weights.set_last_micro_batch(number in pauses or number == len(micro_batches))
             self._heartbeat.beat(Phase.FORWARD, number)
+            if self._offload is not None:
+                self._offload.begin_row(micro_batch.documents)
             loss = self._forward(micro_batch)
             self._heartbeat.beat(Phase.BACKWARD, number)
+            if self._offload is not None:
+                self._offload.begin_backward()
             (loss / global_tokens).backward()
             total += loss.detach()
             if number in pauses:

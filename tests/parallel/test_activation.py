@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from torch._dynamo.testing import CompileCounter
 
 from meshloom.models.decoder import Decoder
-from meshloom.parallel import activation
+from meshloom.parallel import on_host
 from meshloom.parallel.activation import apply_policies
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.policies import MIXED, POLICIES, mixed_policies
@@ -38,7 +38,7 @@ def gradients(policies: list[str], compiled: bool = False) -> tuple[Decoder, tor
 def test_gradients_are_the_same_and_every_block_is_compiled(
     policy: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activation, "_SMALL", 0)
+    monkeypatch.setattr(on_host, "SMALL", 0)
     counter, compile_function = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compile_function(function, backend=counter))
     _, expected = gradients(["none", "none"])
@@ -49,7 +49,7 @@ def test_gradients_are_the_same_and_every_block_is_compiled(
 
 
 def test_activations_are_offloaded_once_and_weights_never(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation, "_SMALL", 0)
+    monkeypatch.setattr(on_host, "SMALL", 0)
     copied: list[torch.Tensor] = []
     plain_copy = torch.Tensor.copy_
 

@@ -20,7 +20,7 @@ from meshloom.planner.memory import Job
 from meshloom.planner.network import group, group_of
 from meshloom.planner.software import COMPILED, EAGER
 from meshloom.planner.step_time import ends_time
-from meshloom.trainer.hybrid import hybrid_dealer
+from meshloom.trainer.hybrid import hidden_copies, hybrid_dealer
 from support.configs import problems_of
 
 SHAPE = DecoderConfig(dim=4096, layers=32, heads=32, kv_heads=8, ffn_dim=14336, vocabulary=128256)
@@ -93,6 +93,16 @@ def test_a_run_deals_by_the_cluster_that_it_names() -> None:
     named = replace(config, parallel=replace(config.parallel, hdp_costs="h100"))
     dealer = hybrid_dealer(named, layout, shape, flops)
     assert dealer.costs(4096).row > 0 and dealer.costs(4096) != estimated.costs(4096) and dealer.flops == estimated.flops
+
+
+def test_a_run_keeps_on_the_host_what_the_cluster_hides() -> None:
+    layout = Layout(zero=1, shard=4)
+    config = resolve_plan([*HYBRID, "launch.nproc=4", "precision=bf16"]).config
+    assert hidden_copies(config, layout, SHAPE) is None
+    rule = hidden_copies(replace(config, parallel=replace(config.parallel, hdp_costs="h100", hdp_offload=True)), layout, SHAPE)
+    assert rule is not None and rule.rate == H100.host_link * 1e9
+    short, long = rule.share((4, 0, 64)), rule.share((4, 1, 131072, 0, 4))
+    assert 0.02 < short < 0.3 and 2 * short < long <= 1
 
 
 def test_a_cluster_that_is_not_there_is_refused_by_key() -> None:

@@ -39,6 +39,7 @@ from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import Engine
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.hybrid.cost import CostModel
+from meshloom.parallel.hybrid.hidden_copies import HiddenCopies
 from meshloom.parallel.hybrid.share import HybridAssigner
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
@@ -78,6 +79,7 @@ class Work:
     balance: tuple[tuple[str, Any], ...] = ()
     local: LocalConfig = SYNCHRONOUS
     sgd: bool = False
+    hidden: HiddenCopies | None = None
 
     def llama(self) -> dict[str, Any]:
         """The model's shape: sizes that divide by none of the rank counts, so that shards are uneven."""
@@ -117,6 +119,7 @@ def build(work: Work, world_size: int, measures: bool = False) -> Engine:
         measures=measures,
         balance=BalanceConfig(**dict(work.balance)),
         local=work.local,
+        hidden_copies=work.hidden,
     )
     return make_engine(model, mesh, optimizer, work.parallel, settings)
 

@@ -10,6 +10,7 @@ from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.hybrid.limits import capacity_problems, hybrid_problems
 
 FINE: dict[str, Any] = {"masked": True, "halves": False, "cut_losses": [], "drops_tokens": False, "float8": "none"}
+FINE["keeps_all"] = True
 REFUSED = [
     ("parallel.hdp", {"engine": "deepspeed"}, {}),
     ("parallel.cp", {"cp": 2}, {}),
@@ -19,6 +20,8 @@ REFUSED = [
     ("balance.counts", {}, {"cut_losses": ["balance.counts"]}),
     ("model.experts.capacity", {}, {"drops_tokens": True}),
     ("trainer.float8", {}, {"float8": "rowwise"}),
+    ("parallel.hdp_offload", {"hdp_costs": "h100", "hdp_offload": True, "pp": 2}, {}),
+    ("parallel.hdp_offload", {"hdp_costs": "h100", "hdp_offload": True}, {"keeps_all": False}),
 ]
 
 

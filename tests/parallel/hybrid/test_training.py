@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 import pytest
 
 from meshloom.data.batch import GlobalBatch
+from meshloom.parallel import on_host
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.hybrid.assignment import HybridAssignment
 from meshloom.parallel.hybrid.cost import CostModel
+from meshloom.parallel.hybrid.hidden_copies import HiddenCopies
 from meshloom.parallel.hybrid.share import BatchDocuments, HybridAssigner
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.pipeline.stages import SCHEDULES
@@ -48,7 +51,7 @@ CASES = {
         work(8, zero=1, model=EXPERTS, balance=PRICES),
         work(8, zero=0, hdp_costs="measured", ring_direct=1),
         work(9, zero=1),
-        work(8, zero=2),
+        replace(work(8, zero=2, model=(("layers", 4),)), hidden=HiddenCopies(CostModel(0.1, 1.0), 1.0, rate=1.5)),
         work(8, zero=1, model=WINDOW),
         work(8, zero=3, samples=3),
     ],
@@ -84,7 +87,8 @@ def test_cases_share_documents() -> None:
 
 
 @pytest.mark.parametrize("ranks", CASES)
-def test_losses_and_gradients_are_those_of_one_process(ranks: int) -> None:
+def test_losses_and_gradients_are_those_of_one_process(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_host, "SMALL", 0)
     for case, found in zip(CASES[ranks], differences(ranks, CASES[ranks], timeout=100.0), strict=True):
         assert found.worst < TOLERANCE, (case.parallel, found)
 

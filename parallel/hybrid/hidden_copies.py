@@ -1,0 +1,50 @@
+"""How much of a row's activations the host can keep at no cost in time: as much as is copied while its blocks compute.
+
+ByteScale (arXiv 2502.21231) calls that share r*. Computation per token grows with a document's length, bytes per token do not:
+of the longest documents most can be offloaded. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .cost import CostModel
+
+FORWARD = 0.28
+"""Share of the forward pass in both, in which copies to the host must end: a third of products, 2 sevenths of attention."""
+
+
+@dataclass(frozen=True)
+class HiddenCopies:
+    """What the share depends on.
+
+    costs        seconds of documents, of both passes over all blocks
+    token_bytes  that all blocks together keep of a token
+    rate         bytes per second between the device and its host, in each direction
+    """
+
+    costs: CostModel
+    token_bytes: float
+    rate: float
+
+    def share(self, rings: Sequence[int]) -> float:
+        """Return the share of a row's activations that is copied during its forward pass, in [0, 1].
+
+        rings: the row's documents, as `context.ring_plan.plan_rings` reads them. Of a shared one a rank has a part of the
+        computation, and the same part of the tokens.
+        """
+        count = rings[1]
+        shared = [(rings[at], rings[at + 2]) for at in range(2, 2 + 3 * count, 3)]
+        parts = [*shared, *((length, 1) for length in rings[2 + 3 * count :])]
+        tokens = sum(length / ranks for length, ranks in parts)
+        seconds = sum(self.costs.document(length) / ranks for length, ranks in parts)
+        return min(1.0, FORWARD * seconds * self.rate / (tokens * self.token_bytes)) if tokens else 0.0
+
+    def layers(self, rings: Sequence[int], layers: int) -> frozenset[int]:
+        """Return which of so many blocks keep their activations on the host, spread evenly from the first one on.
+
+        The copies of one may then take as long as it is to the next.
+        """
+        count = int(self.share(rings) * layers)
+        return frozenset(number * layers // count for number in range(count))
