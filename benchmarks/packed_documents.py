@@ -44,9 +44,10 @@ from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import Engine
 from meshloom.parallel.hybrid.cost import ATTENTION_SPEED, CostModel, costs_of, decoder_flops
 from meshloom.parallel.hybrid.share import HybridAssigner
-from meshloom.parallel.mesh import Mesh
+from meshloom.parallel.mesh import Mesh, environment_world_size
 
 HERE = Path(__file__).parent
+GRACE = 10  # seconds in which a part that is stopped may end by itself
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Settings:
     """One measurement. rows, lengths, longest: several, with commas.
 
     longest: documents are cut there; 0: at the row's length; tokens: of a step; at_once: of a micro-batch, where a row has no
-    more; total: seconds of all parts
+    more; ways: of part=ranks, in their order; total: seconds of all parts
     """
 
     part: str = "all"
@@ -68,11 +69,12 @@ class Settings:
     at_once: int = 32_768
     capacity: int = 32_768
     longest: str = "0"
+    ways: str = "hybrid,context,whole"
     activation: str = "none"
     compile: int = 1
     warmup: int = 2
     steps: int = 3
-    total: int = 300
+    total: int = 570
 
 
 def main() -> None:
@@ -236,6 +238,8 @@ def measure_costs(settings: Settings) -> None:
     latest = 0
     for row in rows:
         if sum(row) != latest:
+            if latest:  # said again with every length: the time may not suffice for the next one
+                report_fit(settings, rows[: len(seconds)], seconds, drawn[: len(seconds)])
             recompile()
             latest = sum(row)
         batch = micro_batch([row], settings.vocabulary, 0).to(mesh.device)
@@ -308,15 +312,15 @@ def measure_ranks(settings: Settings) -> None:
     count = max(1, settings.tokens // length)
     ways: dict[str, dict[str, Any]] = {
         "hybrid": {"hdp": "greedy", "hdp_tokens": settings.capacity},
-        "context parallel": {"cp": 2},
-        "whole rows, selective": {},
+        "context": {"cp": environment_world_size()},
+        "whole": {},
     }
-    for way, parallel in ways.items():
-        settings.activation = "selective" if way.endswith("selective") else "none"
+    for way in settings.ways.split(","):
+        parallel = ways[way]
+        settings.activation = "selective" if way == "whole" else "none"  # whole rows do not fit without
         engine, mesh = build(settings, length, **parallel)
         config = ParallelConfig(zero=1, **parallel)
         for name in settings.lengths.split(","):
-            recompile()
             samples = PackedSamples(draw_rows(name, length, 2 * count, length), settings.vocabulary)
             if "hdp" in parallel:
                 assigner: Any = HybridAssigner.of(config, mesh.layout, length, flops, compiled=True)
@@ -329,7 +333,7 @@ def measure_ranks(settings: Settings) -> None:
             report(settings, timed, engine, shares, length, name, count * length, work, way=way, **rank)
         engine.finish()
         del engine
-        gc.collect()
+        recompile()  # what was compiled holds the engine
 
 
 def run_parts(settings: Settings) -> None:
@@ -340,20 +344,23 @@ def run_parts(settings: Settings) -> None:
     long = ["rows=131072", "tokens=131072", "steps=2", "warmup=1"]
     if settings.gpus > 1:
         start = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={settings.gpus}", here, out]
-        parts = [(150, [*start, "part=ranks", "rows=131072", "tokens=262144", "capacity=65536", "steps=2", "warmup=1"])]
+        work = ["part=ranks", "rows=131072", "tokens=262144", "capacity=65536", "steps=2", "warmup=1"]
+        own = [f"vocabulary={settings.vocabulary}", f"model={settings.model}", f"lengths={settings.lengths}"]
+        ways = settings.ways.split(",")  # each in processes of its own: one that hangs leaves time for the next
+        parts = [(settings.total // len(ways), [*start, *work, *own, f"ways={way}"]) for way in ways]
     else:
         parts = [
-            (110, [*ours, "part=rows"]),
-            (110, [*titan, "part=rows"]),
+            (120, [*ours, "part=rows"]),
+            (120, [*titan, "part=rows"]),
+            (100, [*ours, "part=cost", "rows=32768,8192"]),
             (80, [*ours, "part=rows", *long, "activation=selective", "longest=0,32768"]),
             (90, [*titan, "part=rows", *long, "activation=selective"]),
-            (70, [*ours, "part=hybrid", *long, "capacity=32768"]),
-            (70, [*ours, "part=cost", "rows=32768,8192"]),
+            (80, [*ours, "part=hybrid", *long, "capacity=32768"]),
         ]
     started = time.perf_counter()
     for most, command in parts:
         began = time.perf_counter()
-        limit = min(most, settings.total - (began - started))
+        limit = min(most, settings.total - (began - started)) - GRACE
         if limit < 20:
             print("# no time left for", *command[1:], flush=True)
             continue
@@ -362,8 +369,12 @@ def run_parts(settings: Settings) -> None:
         try:
             told = f"ended with {process.wait(limit)}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # torchrun's processes, too
-            process.wait()
+            process.terminate()  # torchrun ends its processes, which are in sessions of their own
+            try:
+                process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
             told = "was stopped"
         print(f"# {told} after {time.perf_counter() - began:.0f} s", flush=True)
 
