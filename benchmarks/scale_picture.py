@@ -30,7 +30,7 @@ PANELS: dict[str, tuple[str, Callable[[Row], float]]] = {
 
 def draw(rows: list[Row], path: str) -> None:
     """Draw a panel for each figure, with a curve for each model."""
-    pyplot.rcParams["svg.hashsalt"] = "scale"  # the same picture from the same numbers
+    pyplot.rcParams |= {"svg.hashsalt": "scale", "svg.fonttype": "none"}  # the same picture from the same numbers; text as text
     figure, axes = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
     ranks = sorted({row["ranks"] for row in rows})
     for panel, (title, (unit, value)) in zip(axes.flat, PANELS.items(), strict=True):
