@@ -19,13 +19,19 @@ import time
 import traceback
 from collections.abc import Generator, Mapping, Sequence
 from multiprocessing import connection, forkserver, resource_tracker
+from multiprocessing.process import BaseProcess
 
 from ..trainer.signals import INTERRUPTED
+from ..trainer.watch.process import get_signal_when_parent_dies, process_state
 
 METHOD = "forkserver"
-PRELOADED = "meshloom.launch.preload"
+PRELOADED = ["meshloom.launch.dies_with_parent", "meshloom.launch.preload"]
 ORPHAN_SECONDS = 60.0
 """Time for a rank to finish its step and save when its agent was killed; then it ends at once."""
+LOOK_SECONDS = 1.0
+"""Time between two looks of a rank at its agent."""
+STOPPED_SECONDS = 10.0
+"""A machine whose agent is stopped for so long is lost to the others (`ANSWER_SECONDS` of `nodes/wire.py`)."""
 DIES_WITH_PARENT = "MESHLOOM_DIES_WITH_PARENT"
 """Environment variable of a rank that is not forked, and has to end at once when its parent does."""
 
@@ -35,7 +41,7 @@ def prepare() -> None:
     # Python's resource tracker cleans up after a killed agent; its warning helps nobody.
     with environment_variable("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker"):
         resource_tracker.ensure_running()
-    multiprocessing.set_forkserver_preload([PRELOADED])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     forkserver.ensure_running()
 
 
@@ -95,9 +101,7 @@ def train(environment: Mapping[str, str], arguments: Sequence[str], orphan_secon
     for name, value in environment.items():
         if os.environ.get(name) == preload.ENVIRONMENT.get(name):
             os.environ[name] = value
-    agent = multiprocessing.parent_process()
-    if agent is not None:
-        threading.Thread(target=_stop_with, args=(agent.sentinel, orphan_seconds), daemon=True).start()
+    agent = end_with_agent(orphan_seconds)
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch reads it on import, which was before it was set
@@ -125,9 +129,32 @@ def train(environment: Mapping[str, str], arguments: Sequence[str], orphan_secon
         sys.exit(code)
 
 
-def _stop_with(agent: int, seconds: float) -> None:
-    """Ask this rank to stop when its agent was killed, and end it later: nothing else would. agent: the agent's sentinel."""
-    connection.wait([agent])
+def end_with_agent(seconds: float) -> BaseProcess | None:
+    """Have this rank end when its agent was killed, also while it is stopped: it would hold its GPU. Return the agent.
+
+    seconds: for the rank to save; 0: it is killed at once
+    """
+    agent = multiprocessing.parent_process()
+    if agent is not None:
+        # The fork server, this rank's parent, dies with the agent. A stopped rank has no thread that runs, so it goes on for
+        # the time that it has to save.
+        get_signal_when_parent_dies(signal.SIGCONT if seconds else signal.SIGKILL)
+        threading.Thread(target=_stop_with, args=(agent, seconds), daemon=True).start()
+    return agent
+
+
+def _stop_with(agent: BaseProcess, seconds: float) -> None:
+    """Ask this rank to stop when its agent was killed, and end it later: nothing else would.
+
+    A machine whose agent is stopped is lost to the others, who go on without its ranks: these end, too.
+    """
+    stopped = 0.0
+    while not connection.wait([agent.sentinel], LOOK_SECONDS):
+        stopped = stopped + LOOK_SECONDS if agent.pid is not None and process_state(agent.pid) == "T" else 0.0
+        if not seconds and stopped > STOPPED_SECONDS:
+            who = f"rank {os.environ.get('RANK')} ends: its agent (pid {agent.pid})"
+            os.write(2, f"{who} is stopped, and other machines go on without it\n".encode())
+            os._exit(128 + signal.SIGTERM)
     if seconds:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(seconds)  # it may hang in a collective, where it never looks at the request

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..config.per_host import share_on_host
 from ..config.problems import ConfigError
+from ..trainer.watch.process import get_signal_when_parent_dies
 from .forked import DIES_WITH_PARENT
 from .once import OncePerNode, hook_failure, is_first
 from .switches import BAD_CONFIG, read_switches, refuse
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from ..trainer.resolve import ResolvedRun
     from ..trainer.signals import StopRequest
 
-PR_SET_PDEATHSIG = 1
 FRAMES = 4  # innermost frames of an error that are reported
 # Errors of a disk, a quota or a file server, or a file in a folder's place: reported in one line, without a traceback.
 UNWRITABLE = (
@@ -61,9 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def die_with_parent() -> None:
     """Have this process killed with its parent, where that is asked for by an environment variable."""
     if os.environ.get(DIES_WITH_PARENT):
-        from ..trainer.watch.rank import control_process
-
-        control_process(PR_SET_PDEATHSIG, signal.SIGKILL)
+        get_signal_when_parent_dies(signal.SIGKILL)
 
 
 def run_here(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:

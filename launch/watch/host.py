@@ -22,11 +22,12 @@ from typing import Any
 from ...parallel.heartbeat import Phase, read_beat
 from ...trainer.watch.folder import AttemptFolder, read_json
 from ...trainer.watch.incidents import Incident, IncidentLog
+from ...trainer.watch.process import process_state
 from ..exit_codes import HUNG
 from .judge import GONE, TRACED, RankState, Silence, describe, judge, with_missing
 from .news import NewsLink, NewsStore
 from .recorder import collect_dumps, read_dumps
-from .stacks import Stack, process_state, take_stack
+from .stacks import Stack, take_stack
 
 POLL_SECONDS = 0.25
 PAUSED_SECONDS = 2.0

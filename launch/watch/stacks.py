@@ -50,18 +50,6 @@ class Stack:
     compiles: bool
 
 
-def process_state(pid: int) -> str:
-    """Return Linux's letter for a process's state; "X" if it is gone, "t" also where a debugger follows a process that runs."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return "X"
-    letter, tracer = re.search(r"^State:\s*(\S)", text, re.MULTILINE), re.search(r"^TracerPid:\s*(\d+)", text, re.MULTILINE)
-    if letter is None or letter[1] in "XZ":
-        return "X" if letter is None else letter[1]
-    return letter[1] if tracer is None or tracer[1] == "0" else "t"
-
-
 def take_stack(pid: int, file: Path, *, stopped: bool) -> Stack | None:
     """Read the stack of a rank; None if nothing can.
 

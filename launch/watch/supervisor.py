@@ -13,12 +13,12 @@ from typing import Any
 from ...parallel.heartbeat import read_beat
 from ...trainer.watch.folder import WATCH_FOLDER, WATCH_PORT, AttemptFolder, read_json
 from ...trainer.watch.incidents import Incident, IncidentLog
+from ...trainer.watch.process import process_state
 from .attempts import Attempt, Judgement, judge_attempts
 from .failures import Failure, Report, merge, read_failure
 from .host import HostWatch
 from .news import NewsStore
 from .recorder import recorder_environment
-from .stacks import process_state
 from .watch_folder import WatchFolder
 
 OWN_REASON_SECONDS = 2.0

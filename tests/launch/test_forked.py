@@ -107,6 +107,8 @@ def test_a_stopped_rank_is_named_and_ends_the_run(launcher: subprocess.Popen[str
 def test_ranks_end_if_those_above_are_killed(launcher: subprocess.Popen[str], tmp_path: Path, killed: str) -> None:
     running = ranks(launcher, tmp_path)
     (above,) = psutil.Process(launcher.pid).children()
+    if killed == "agent":
+        running[1].suspend()
     (above if killed == "agent" else launcher).kill()
     _, left = psutil.wait_procs(running, PATIENCE)
     for rank in left:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import os
 import signal
@@ -19,13 +18,13 @@ from ..all_ranks import PeerFailed
 from ..launching import visible_gpus
 from ..schema import RunConfig
 from .folder import WATCH_FOLDER, WATCH_PORT, AttemptFolder, read_json, write_json
+from .process import PR_SET_PTRACER, PR_SET_PTRACER_ANY, control_process
 
 STACK_SIGNAL = signal.SIGUSR2
 """A rank that gets it writes the Python stacks of its threads into its file."""
 RANKS = "ranks.json"
 """File in a run's folder: rank → host, pid and device of the newest attempt."""
 ADDRESS = "watch/address"
-PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, -1
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "gloo/")
 """Parts of the messages with which a collective fails when another rank is gone."""
 
@@ -53,12 +52,6 @@ def join_watch(config: RunConfig) -> Heartbeat:
         }
         write_json(folder.run, about)
     return Heartbeat(folder.beat(rank))
-
-
-def control_process(option: int, value: int) -> None:
-    """Call Linux's prctl for this process; do nothing where there is none."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value & (2**64 - 1)), 0, 0, 0)
 
 
 def introduce(mesh: Mesh, output_dir: Path) -> None:

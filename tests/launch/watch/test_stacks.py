@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from meshloom.launch.watch import stacks
-from meshloom.launch.watch.stacks import parse_own, parse_py_spy, process_state, take_stack
+from meshloom.launch.watch.stacks import parse_own, parse_py_spy, take_stack
+from meshloom.trainer.watch.process import process_state
 
 WATCHED = """
 import faulthandler, sys, threading, time
