@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from .errors import CheckpointError, HeldError
+from .fence import follows, name_of_process
 from .files import RemoteFiles
 from .lock import LOCK
 
@@ -91,7 +92,7 @@ class Lease:
         """Return when whoever left this record is known to be gone. Raises HeldError if it is not."""
         if first.get("token") in _held:
             raise HeldError(self._refusal(first))
-        if _has_died(first):
+        if _has_died(first) or follows(_holder(first)):  # of an earlier start of the same launch, which may hang
             return
         log.warning(
             "%s: waiting up to %g s to see whether %s is still there", self._files.label(), LEASE_SECONDS, _holder(first)
@@ -132,7 +133,7 @@ class Lease:
     def _write(self, *, anew: bool = False) -> bool:
         """Returns whether it was written: anew, only where no record is, as far as the store can tell."""
         record = {
-            "holder": f"{socket.gethostname()} process {os.getpid()}",
+            "holder": name_of_process(socket.gethostname()),
             "place": _place(),
             "process": os.getpid(),
             "token": self._token,

@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 
 from .errors import HeldError
+from .fence import follows, name_of_process
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 LOCK_SECONDS = 120.0
 HERE = "in this very process"
+TAKEN = (errno.EAGAIN, errno.EACCES)
 _locked: set[Path] = set()
 
 
@@ -26,34 +28,30 @@ class FolderLock:
 
     Raises HeldError at once if another process of this machine holds it, and after two minutes otherwise (the time
     a file server needs to notice that a node is gone). Where the file system has no locks it warns, and holds nothing.
+
+    A later start of the same launch (`fence.py`) takes the folder from an earlier one at once: it puts a lock file of its own
+    in the place of the other's, which finds that out by `check`.
     """
 
     def __init__(self, folder: Path, name: str = LOCK, doing: str = "saving") -> None:
         """name: of the file that is locked; doing: what the run that has the folder does into it, for the message."""
+        self._folder, self._doing = folder, doing
         self._path = folder.resolve() / name
         if self._path in _locked:
             raise HeldError(refusal(folder, doing, HERE))
-        self._file: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    log.warning(
-                        "%s: this file system has no locks (%s); see to it that no other run uses the folder", folder, error
-                    )
-                    break
-                holder = _written(self._file)
-                if _is_here(holder) or time.monotonic() > deadline:
-                    os.close(self._file)
-                    raise HeldError(refusal(folder, doing, holder)) from error
-                time.sleep(1.0)
-        with contextlib.suppress(OSError):  # a full disk: who holds the lock can't be told then, but it is held
-            os.ftruncate(self._file, 0)
-            os.pwrite(self._file, f"{socket.gethostname()} process {os.getpid()}".encode(), 0)
+        self._file: int | None = self._take()
         _locked.add(self._path)
+
+    def check(self) -> None:
+        """Raises HeldError if a later start of the run has taken the folder, OSError if that can't be told."""
+        if self._file is None or self._is_in_place(self._file) or not self._path.exists():
+            return
+        holder = self._path.read_text(errors="replace").strip()
+        if follows(holder):  # an earlier start has put its file here, as late as it took the folder from one before it
+            os.close(self._file)
+            self._file = self._replace(holder)
+            return
+        raise HeldError(f"{self._folder}: {holder} has taken this folder over from this process, without which the run goes on")
 
     def release(self) -> None:
         """Let another run have the folder. May be called twice."""
@@ -62,11 +60,70 @@ class FolderLock:
             os.close(self._file)
             self._file = None
 
+    def _take(self) -> int:
+        """Lock the file, and return its descriptor."""
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = _written(file)
+                if follows(holder):
+                    os.close(file)
+                    return self._replace(holder)
+                if error.errno not in TAKEN:
+                    none = "this file system has no locks"
+                    log.warning("%s: %s (%s); see to it that no other run uses the folder", self._folder, none, error)
+                    return self._signed(file)
+                os.close(file)
+                if _is_here(holder) or time.monotonic() > deadline:
+                    raise HeldError(refusal(self._folder, self._doing, holder)) from error
+                time.sleep(1.0)
+            else:
+                if self._is_in_place(file):
+                    return self._signed(file)
+                os.close(file)  # another process has put its own file here meanwhile
+
+    def _replace(self, holder: str) -> int:
+        """Put a file that this process has locked in the place of another's, and return its descriptor. holder: the other."""
+        beside = self._path.with_name(f"{self._path.name}.{socket.gethostname()}-{os.getpid()}")
+        file = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks: the name says who has the folder
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._signed(file)
+            beside.replace(self._path)
+        except BaseException:
+            os.close(file)
+            beside.unlink(missing_ok=True)
+            raise
+        log.warning("%s: taken over from %s, which the run goes on without", self._folder, holder)
+        return file
+
+    def _is_in_place(self, file: int) -> bool:
+        """Return whether an open file is still the one that has the lock's name."""
+        try:
+            there, here = self._path.stat(), os.fstat(file)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESTALE):  # ESTALE: the file server has removed the one that was replaced
+                return False
+            raise
+        return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+    @staticmethod
+    def _signed(file: int) -> int:
+        with contextlib.suppress(OSError):  # a full disk: who holds the lock can't be told then, but it is held
+            os.ftruncate(file, 0)
+            os.pwrite(file, name_of_process(socket.gethostname()).encode(), 0)
+        return file
+
 
 def holder_of(folder: Path, name: str = LOCK) -> str | None:
     """Return the process of this machine that has taken a folder, or None, without taking or touching the folder.
 
-    Of one on another machine only FolderLock can tell, which waits to see whether that node is gone.
+    None, too, if this process may take it from that one, an earlier start of the same launch. Of one on another machine only
+    FolderLock can tell, which waits to see whether that node is gone.
     """
     path = folder.resolve() / name
     if path in _locked:  # to open and close the file would end this process's own lock
@@ -78,8 +135,8 @@ def holder_of(folder: Path, name: str = LOCK) -> str | None:
     try:
         fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
-        holder = _written(file) if error.errno in (errno.EAGAIN, errno.EACCES) else ""
-        return holder if _is_here(holder) else None
+        holder = _written(file) if error.errno in TAKEN else ""
+        return holder if _is_here(holder) and not follows(holder) else None
     finally:
         os.close(file)
     return None

@@ -164,6 +164,8 @@ class LocalTarget(Target):
         _check_files(LocalFiles(fresh), manifest)
         write_small(fresh / MANIFEST, text, "manifest")
         sync_folder(fresh, "manifest.folder")
+        if self._lock is not None:
+            self._lock.check()
         with self._announcing:
             replaced = move_into_place(fresh, final)
             if replaced is not None:

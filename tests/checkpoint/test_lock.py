@@ -5,17 +5,124 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 
 from meshloom.checkpoint.errors import HeldError
+from meshloom.checkpoint.fence import FENCE, Fence
 from meshloom.checkpoint.lock import FolderLock, holder_of
 from meshloom.checkpoint.writing.writer import Writer
 from support.checkpoint_runs import open_run
+from support.checkpoint_worlds import fragments, make_arrays
+
+HOLD = """
+import pathlib, sys
+from meshloom.checkpoint.lock import FolderLock
+
+lock = FolderLock(pathlib.Path(sys.argv[1]))
+print("has it", flush=True)
+for _ in sys.stdin:
+    try:
+        lock.check()
+        print("has it", flush=True)
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+"""
+
+
+class Holder:
+    """A process of its own that holds a folder's lock, as a start of a launch."""
+
+    def __init__(self, folder: Path, fence: Fence) -> None:
+        command, variables = [sys.executable, "-c", HOLD, str(folder)], {**os.environ, FENCE: str(fence)}
+        self.process = subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.hears() == "has it"
+
+    def hears(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def checks(self) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write("check\n")
+        self.process.stdin.flush()
+        return self.hears()
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Generator[Callable[[int, int], Holder]]:
+    made: list[Holder] = []
+
+    def begin(term: int, attempt: int) -> Holder:
+        made.append(Holder(tmp_path, Fence("launch-1", term, attempt)))
+        return made[-1]
+
+    yield begin
+    for each in made:
+        each.process.kill()
+        each.process.communicate()
+
+
+def test_a_later_start_takes_the_folder_from_a_frozen_one(
+    tmp_path: Path, hold: Callable[[int, int], Holder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = hold(1, 3)
+    frozen.process.send_signal(signal.SIGSTOP)
+    for other in (Fence("launch-2", 9, 9), Fence("launch-1", 1, 3), Fence("launch-1", 1, 2)):
+        monkeypatch.setenv(FENCE, str(other))
+        name = f"process {frozen.process.pid} (start 1.3 of launch-1)"
+        assert (holder_of(tmp_path) or "").endswith(name)
+        with pytest.raises(HeldError) as caught:
+            FolderLock(tmp_path)
+        assert name in str(caught.value)
+    monkeypatch.setenv(FENCE, str(Fence("launch-1", 2, 3)))
+    assert holder_of(tmp_path) is None
+    lock = FolderLock(tmp_path)
+    lock.check()
+    frozen.process.send_signal(signal.SIGCONT)
+    told = frozen.checks()
+    assert told.startswith("HeldError") and f"process {os.getpid()} (start 2.3 of launch-1) has taken this folder over" in told
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    lock.check()
+    lock.release()
+    FolderLock(tmp_path).release()
+
+
+def test_a_frozen_run_whose_folder_was_taken_does_not_commit(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    run.save(1, fragments(make_arrays(1), 1, 0)[0], {})
+    beside = tmp_path / "beside"
+    beside.write_text("other process 7 (start 2.4 of launch-1)")
+    beside.replace(tmp_path / ".lock")
+    run.save(2, fragments(make_arrays(2), 1, 0)[0], {})
+    one, two = run.poll()
+    assert (one.outcome, two.outcome) == ("committed", "failed")
+    assert "other process 7 (start 2.4 of launch-1) has taken this folder over" in two.reason
+    run.close()
+    assert not (tmp_path / "step-00000002").exists()
+
+
+def test_a_start_that_is_late_gives_the_folder_back(tmp_path: Path, hold: Callable[[int, int], Holder]) -> None:
+    """Two starts have taken it from one before both; the earlier of the two put its file last."""
+    late = hold(1, 3)
+    later = hold(2, 4)
+    beside = tmp_path / "beside"
+    beside.write_text(f"here process {late.process.pid} (start 1.3 of launch-1)")
+    beside.replace(tmp_path / ".lock")
+    assert later.checks() == "has it" and late.checks().startswith("HeldError")
+
+
+def test_a_lock_file_that_somebody_has_removed_is_no_reason_to_end(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path)
+    (tmp_path / ".lock").unlink()
+    lock.check()
+    lock.release()
 
 
 def test_two_runs_on_one_folder_are_refused(tmp_path: Path) -> None:

@@ -299,7 +299,7 @@ def two_runs(folder: Path, locked: bool) -> str:
 
     def body(number: int) -> None:
         if not locked:
-            commit.FolderLock = lambda _: types.SimpleNamespace(release=lambda: None)  # type: ignore[assignment,misc]
+            commit.FolderLock = lambda _: types.SimpleNamespace(release=lambda: None, check=lambda: None)  # type: ignore[assignment,misc]
         try:
             checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", keep=0, failures=99))
         except CheckpointError:
