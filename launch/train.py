@@ -26,8 +26,10 @@ from ..trainer.machine_gpus import machine_here
 from ..trainer.resolve import ResolvedRun, ResolveOptions, resolve, resolve_composed
 from ..trainer.schema import RunConfig, make_composer, register_schemas
 from ..trainer.signals import INTERRUPTED, StopRequest, show_cursor
+from .newest_step import write_newest_step
 from .nodes.part import Part, Rules
 from .nodes.placement import place
+from .nodes.refusals import write_refusal
 from .rank import run_here
 from .switches import BAD_CONFIG, read_switches, refuse
 from .torchrun import RANK, PreparedAgent, TorchRun, with_share
@@ -116,9 +118,11 @@ def _single(switches: argparse.Namespace, composer: Composer, composition: Compo
         resolved = resolve_composed(composer, composition, switches.overrides, replace(RESOLVING, before_building=prepare))
         problems = resolved.problems or start_problems(resolved)
         if problems:
-            return refuse(ConfigError(problems))
+            return _refuse_run(ConfigError(problems), resolved.config)
         stop = StopRequest(_leave)
-        return _run(resolved, switches.overrides, switches.config_dir, stop, agent)
+        code = _run(resolved, switches.overrides, switches.config_dir, stop, agent)
+        write_newest_step(resolved.config)
+        return code
     finally:
         if agent is not None:
             agent.dismiss()
@@ -137,6 +141,13 @@ def start_problems(resolved: ResolvedRun) -> list[Problem]:
     for warning in dict.fromkeys(filter(None, map(host_memory_warning, configs))):
         print(warning, file=sys.stderr)
     return list(dict.fromkeys(problems))
+
+
+def _refuse_run(error: ConfigError, config: RunConfig) -> int:
+    """Print problems and return the exit code. Of a run on several machines, tell the others that this one does not come."""
+    if config.launch.most_nodes > 1 and not under_torchrun():
+        write_refusal(Path(config.output_dir), str(error.problems[0]))
+    return refuse(error)
 
 
 def processes_for_torchrun(launch: LaunchConfig) -> int:
@@ -214,7 +225,7 @@ def run_by_torchrun(
         try:
             placements = place(resolved, words, config_dir, RESOLVING)
         except ConfigError as error:
-            return refuse(error)
+            return _refuse_run(error, resolved.config)
         for notice in placements.notices:
             print(notice, file=sys.stderr)
         rules = Rules(run_processes(launch), launch.most_nodes, placements.words, max_restarts, launch.join_seconds)

@@ -10,25 +10,30 @@ import secrets
 import signal
 import socket
 import sys
-import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
+from ... import __version__
 from ...trainer.watch.folder import AttemptFolder
-from ...trainer.watch.incidents import Incident, IncidentLog
+from ...trainer.watch.incidents import IncidentLog
 from .. import forked
-from ..exit_codes import TOO_FEW_MACHINES
+from ..exit_codes import BAD_CONFIG, TOO_FEW_MACHINES
 from ..parent import when_launcher_dies
-from ..watch.attempts import Judgement
-from ..watch.failures import Failure, Report
-from ..watch.supervisor import Supervisor, record_judgement, tell_judgement
-from .leader import GATHER_SECONDS, Leader, Order, State
-from .lease import LEASE_SECONDS, REFUSED_SECONDS, LeaseKeeper, LeaseWatch
+from ..watch.failures import Report
+from ..watch.supervisor import Supervisor
+from .addresses import ReservedPort, is_loopback, own_address
+from .admission import credentials, unreachable
+from .announcer import Announcer
+from .leader import GATHER_SECONDS, Order, State
+from .leading import Leading
+from .lease import LEASE_SECONDS, REFUSED_SECONDS, LeaseWatch
 from .memory import Assignment, Memory
 from .part import Part, overlaid
-from .ranks import LocalRanks
+from .ranks import KILL_SECONDS, LocalRanks
+from .refusals import take_back_refusal, write_refusal
 from .terms import Term, Terms, meeting_folder
-from .wire import ANSWER_SECONDS, Link, Message, Server, free_port, is_loopback, own_address
+from .wire import ANSWER_SECONDS, Link, Message
 
 ASK_SECONDS = 0.25
 """Time between two requests to the leader."""
@@ -70,18 +75,21 @@ class Machine:
     def __init__(self, part: Part, supervisor: Supervisor) -> None:
         self._part, self._supervisor = part, supervisor
         self._id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
-        self._address, self._port = own_address(part.address), free_port()
+        self._address, self._port = own_address(part.address), ReservedPort()
         self._terms = Terms(meeting_folder(Path(part.output_dir)))
+        take_back_refusal(self._terms.folder)
+        self._announcer = Announcer()
         self._incidents = IncidentLog(Path(part.output_dir))
         self._memory = Memory()
         self._term: Term | None = None
         self._silent = 0  # the newest term whose leader did not answer
         self._link: Link | None = None
         self._known = False  # whether the leader has this machine's memory
-        self._own: _Leading | None = None
+        self._own: Leading | None = None
         self._ranks: LocalRanks | None = None
         self._attempt, self._state = -1, State.WAITING
         self._report: Report | None = None
+        self._ending = 0.0  # since when the ranks are to be gone
         self._leaving: float | None = None
         self._outcome: int | None = None
         self._lease = LeaseWatch()
@@ -98,7 +106,7 @@ class Machine:
     def run(self) -> int:
         """Ask and obey until the run ends. Return its exit code."""
         if is_loopback(self._address) and self._part.rules.most > 1:
-            self._say(f"no other host reaches this one at {self._address}: give launch.address, or an interface's name there")
+            self._say(unreachable("this one", self._address))
         while self._outcome is None:
             time.sleep(self.turn())
         return self._outcome
@@ -109,14 +117,13 @@ class Machine:
         if self._leaving is not None and self._may_leave(self._leaving):
             self._outcome = 0
             return 0.0
-        if self._own is not None and self._is_deposed():
+        if self._own is not None and self._own.deposed:
             self._lose_leader()
         answer = self._ask()
         if answer is not None:
             self._outcome = self._obey(answer)
         if self._outcome is None and time.monotonic() - self._together > APART_SECONDS:
-            self._say(f"this machine took no part in the run for {APART_SECONDS:.0f} s, and ends")
-            self._outcome = TOO_FEW_MACHINES
+            self._outcome = self._refuse(f"it took no part in the run for {APART_SECONDS:.0f} s, and ends", TOO_FEW_MACHINES)
         if self._outcome is not None:
             return 0.0
         if self._own is not None:
@@ -127,16 +134,24 @@ class Machine:
     def close(self) -> None:
         """End this machine's ranks, and what it does as the leader."""
         self._end_ranks()
+        while self._ranks is not None and time.monotonic() - self._ending < KILL_SECONDS:
+            time.sleep(ASK_SECONDS / 5)
+            self._reap(self._ranks)
         if self._own is not None:
             self._own.wait_until_told()
             self._own.close()
         if self._link is not None:
             self._link.close()
+        self._port.close()
+        self._announcer.close()
 
     # ---- the ranks
 
     def _look_at_ranks(self) -> None:
         if self._ranks is None:
+            return
+        if self._state is State.ENDING:
+            self._reap(self._ranks)
             return
         codes = self._ranks.codes()
         failed = {rank: code for rank, code in codes.items() if code}
@@ -148,18 +163,35 @@ class Machine:
             self._state = State.DONE
 
     def _start_ranks(self, assignment: Assignment) -> None:
+        """Start the ranks of an attempt, once those of the attempt before are gone: never beside them."""
         self._end_ranks()
+        if self._ranks is not None:
+            return
         self._attempt, self._state, self._report = assignment.number, State.RUNNING, None
         node, arguments = assignment.ids.index(self._id), overlaid(self._part.arguments, assignment.words)
         self._ranks = LocalRanks(assignment, self._memory.launch, node, self._supervisor.root, arguments)
 
     def _end_ranks(self) -> None:
-        if self._ranks is not None:
+        """Kill the ranks. This machine waits for another attempt as soon as they are gone."""
+        if self._ranks is None:
+            self._state = State.WAITING
+            return
+        if self._state is not State.ENDING:
             self._supervisor.end_attempt(self._attempt)
             self._ranks.kill()
-            self._ranks = None
-            self._port = free_port()
-        self._state = State.WAITING
+            self._state, self._ending = State.ENDING, time.monotonic()
+        self._reap(self._ranks)
+
+    def _reap(self, ranks: LocalRanks) -> None:
+        """Forget killed ranks once they are gone. The system may need long for that: to free memory, or waiting for a disk."""
+        left = ranks.left()
+        if not left:
+            self._ranks, self._state = None, State.WAITING
+            self._port.close()
+            self._port = ReservedPort()
+        elif time.monotonic() - self._ending > KILL_SECONDS:
+            names = ", ".join(f"rank {rank} (pid {pid})" for rank, pid in left.items())
+            self._say(f"{names} of attempt {self._attempt} was killed and is not gone yet: this machine waits for that")
 
     def _may_leave(self, asked: float) -> bool:
         """Return whether this machine, which has to leave, has no ranks any more, or has waited long enough for them."""
@@ -188,24 +220,32 @@ class Machine:
                 self._silent = self._term.number  # its machine may still take connections
             self._lose_leader()
             return None
+        if answer["order"] == Order.STRANGER and self._term is not None:
+            text = f"at {self._term.host}:{self._term.port} is not the leader of this run any more: {answer['said']}"
+            self._say(text)
+            self._silent = self._term.number
+            self._lose_leader()
+            return None
         self._known, self._answered = True, time.monotonic()
         if self._own is None or not self._own.lacks_machines:
             self._together = self._answered
         return answer
 
     def _about(self) -> Message:
+        assert self._term is not None
         return {
+            **credentials(self._term),
             "id": self._id,
             "host": socket.gethostname(),
             "address": self._address,
-            "port": self._port,
-            "processes": self._part.rules.processes,
+            "port": self._port.number,
             "state": self._state,
             "attempt": self._attempt,
             "report": None if self._report is None else self._report.as_dict(),
             "leaving": self._leaving is not None,
             "knows": self._memory.digest,
             "memory": None if self._known else self._memory.as_dict(),
+            "common": None if self._known else self._part.common,
         }
 
     def _obey(self, answer: Message) -> int | None:
@@ -241,7 +281,10 @@ class Machine:
         if self._lease.moves:
             self._silent = 0  # it lives, and may answer again
         error: OSError | None = None
-        if newest.number != self._silent:
+        if why := self._unfit(newest):
+            if self._lease.moves:
+                self._outcome = self._refuse(why, BAD_CONFIG)
+        elif newest.number != self._silent:
             try:
                 link = Link(newest.host, newest.port)
             except OSError as raised:
@@ -250,11 +293,28 @@ class Machine:
                 self._term, self._lease = newest, LeaseWatch()
                 self._join()
                 return link
+        if self._outcome is not None:
+            return None
         if still >= self._patience(newest, error) and now >= self._yields:
             self._lead(newest)
         elif self._lease.moves:
             self._stand_apart(newest, error)
         return None
+
+    def _unfit(self, term: Term) -> str:
+        """Return why this machine can't follow the leader of a term, in a sentence; "" if it can."""
+        if term.version != __version__:
+            other = term.version or "of an older version"
+            return f"{term.machine} leads the run with Meshloom {other}, and this machine has {__version__}"
+        if is_loopback(term.host) and term.machine != socket.gethostname():
+            return f"{term.machine} leads the run, and {unreachable(term.machine, term.host)}"
+        return ""
+
+    def _refuse(self, why: str, code: int) -> int:
+        """Take no part in the run, and say why, in the run's folder, too. Return the exit code."""
+        self._say(f"this machine takes no part in the run: {why}")
+        write_refusal(Path(self._part.output_dir), why)
+        return code
 
     def _patience(self, term: Term, error: OSError | None) -> float:
         """Return for how many seconds the lease of a leader that does not answer must not have moved."""
@@ -279,27 +339,24 @@ class Machine:
             self._terms.rejoin(self._apart, self._id)
             self._apart = 0
 
-    def _give_way(self, own: _Leading) -> None:
+    def _give_way(self, own: Leading) -> None:
         """Let another machine lead, if too few machines reach this one and others can't."""
-        if self._term is None or not own.lacks_machines_for(LEASE_SECONDS):
-            return
-        try:
-            hosts = self._terms.apart(self._term.number)
-        except OSError:  # the lease is renewed in the same folder, and tells of it
-            return
-        if hosts:
-            self._say(f"{', '.join(hosts)} can't reach this machine at {self._address}:{own.port}: another one is to lead")
+        if own.lacks_machines_for(LEASE_SECONDS) and own.apart:
+            self._say(f"{', '.join(own.apart)} can't reach this machine at {self._address}:{own.port}: another one is to lead")
             self._yields = time.monotonic() + 2 * LEASE_SECONDS
             self._lose_leader()
 
     def _lead(self, before: Term | None) -> None:
         """Claim the next term, unless another machine is faster. before: the term of the leader that is gone."""
-        own = _Leading(self._part, self._memory, self._incidents, self._terms)
+        own = Leading(self._part, self._memory, self._announcer, self._incidents, self._terms)
         try:
-            term = Term(1 if before is None else before.number + 1, self._id, self._address, own.port)
+            term = Term(1, self._id, self._address, own.port)
+            if before is not None:
+                term = replace(term, number=before.number + 1, run=before.run or term.run)
+            own.term = term  # from now on: others may find its file before this machine goes on
             if not self._terms.claim(term):
                 return
-            own.begin(term.number)
+            own.begin(term)
             if self._memory.assignment is not None and before is not None:
                 own.take_over(before.id, lost=self._terms.lease(before.number) is not None)
             self._own, self._term = own, term
@@ -317,94 +374,8 @@ class Machine:
             self._own = None
         self._lease = LeaseWatch()
 
-    def _is_deposed(self) -> bool:
-        """Return whether this machine leads, and another has taken it for lost and leads now."""
-        try:
-            return self._term is not None and self._terms.is_over(self._term.number)
-        except OSError:
-            return False  # the next look tells
-
     def _say(self, text: str) -> None:
         """Print something once."""
         if text not in self._said:
             self._said.add(text)
             print(f"{socket.gethostname()}: {text}", file=sys.stderr, flush=True)
-
-
-class _Leading:
-    """The leader's part of a machine: a server in front of a `Leader`."""
-
-    def __init__(self, part: Part, memory: Memory, incidents: IncidentLog, terms: Terms) -> None:
-        self._part, self._incidents, self._terms = part, incidents, terms
-        self._lock = threading.Lock()
-        self._leader = Leader(part.rules, self._tell, self._judged, memory)
-        self._server = Server(self._hear, self._lost)
-        self._lease: LeaseKeeper | None = None
-        self._lacking: float | None = None
-        self.port = self._server.port
-
-    @property
-    def busy(self) -> bool:
-        """True until the attempt has ended on all machines."""
-        return self._leader.busy
-
-    @property
-    def lacks_machines(self) -> bool:
-        """True while fewer machines are here than the run needs."""
-        return self._leader.lacks_machines
-
-    def lacks_machines_for(self, seconds: float) -> bool:
-        """Return whether that has been so for a while, as far as calls of this method saw it."""
-        now = time.monotonic()
-        self._lacking = (self._lacking or now) if self.lacks_machines else None
-        return self._lacking is not None and now - self._lacking > seconds
-
-    def begin(self, number: int) -> None:
-        """Renew the lease of the term that was claimed."""
-        self._lease = LeaseKeeper(self._terms, number)
-
-    def take_over(self, before: str, *, lost: bool) -> None:
-        with self._lock:
-            self._leader.take_over(before, lost=lost)
-
-    def tick(self) -> None:
-        with self._lock:
-            self._leader.tick(time.monotonic())
-
-    def wait_until_told(self) -> None:
-        """Wait until every machine has heard of the end."""
-        deadline = time.monotonic() + ANSWER_SECONDS
-        while self._leader.ended is not None and not self._leader.told and time.monotonic() < deadline:
-            time.sleep(ASK_SECONDS / 5)
-            self.tick()
-        if self._leader.ended is not None:
-            if self._lease is not None:
-                self._lease.stop()
-                self._lease = None
-            try:
-                self._terms.end(self._leader.ended)
-            except OSError as error:
-                print(f"{self._terms.folder}: how the run has ended can't be written ({error})", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        self._server.close()
-        if self._lease is not None:
-            self._lease.release()
-            self._lease = None
-
-    def _hear(self, message: Message) -> Message:
-        with self._lock:
-            return self._leader.hear(message, time.monotonic())
-
-    def _lost(self, machine: str) -> None:
-        with self._lock:
-            self._leader.lost(machine, time.monotonic())
-
-    def _tell(self, kind: str, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-        if kind:
-            self._incidents.write(Incident(kind, text))
-
-    def _judged(self, memory: Memory, first: Failure | None, judgement: Judgement) -> None:
-        tell_judgement(first, judgement)
-        record_judgement(Path(self._part.output_dir), memory.failures, first, judgement)

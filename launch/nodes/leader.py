@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from ...config.words import counted
+from ...trainer.watch.rank import PORT_IS_TAKEN
 from ..exit_codes import BAD_CONFIG, NO_PROGRESS, TOO_FEW_MACHINES
 from ..watch.attempts import FRUITLESS, Judgement, judge_attempts
 from ..watch.failures import Failure, Report, merge
@@ -25,6 +26,10 @@ from .wire import ANSWER_SECONDS, Message
 
 RECONNECT_SECONDS = 0.5
 """A machine whose connection has ended is lost if it does not ask again within so many seconds."""
+ENDING_SECONDS = 60.0
+"""Time for killed ranks of a machine to be gone: the system may have to give back much memory, or wait for a disk."""
+PORTS = 3
+"""Times in a row that ranks meet at another port, where the first one was taken meanwhile."""
 SETTLE_SECONDS = 2.0
 """Time for further machines to come when one waits to join, and for further reports when a rank has failed."""
 SURVIVOR_SECONDS = 15.0
@@ -36,8 +41,9 @@ GATHER_SECONDS = 600.0
 
 
 class State(StrEnum):
-    """What a machine's ranks are doing. DONE: all have ended with exit code 0."""
+    """What a machine's ranks are doing. ENDING: they were killed and are not gone. DONE: all have ended with exit code 0."""
 
+    ENDING = "ending"
     WAITING = "waiting"
     RUNNING = "running"
     DONE = "done"
@@ -45,13 +51,21 @@ class State(StrEnum):
 
 
 class Order(StrEnum):
-    """What a machine has to do. BORDER: let its ranks save and end. WAIT: end its ranks, and ask again."""
+    """What a machine has to do. BORDER: let its ranks save and end. WAIT: end its ranks, and ask again.
+
+    STRANGER: this leader is not its own, which it has to look for.
+    """
 
     WAIT = "wait"
     RUN = "run"
     BORDER = "border"
     END = "end"
     REFUSE = "refuse"
+    STRANGER = "stranger"
+
+
+IDLE = (State.WAITING, State.ENDING)
+"""States of a machine that takes part in no attempt."""
 
 
 @dataclass
@@ -78,6 +92,9 @@ class Leader:
     tell     prints a sentence, and keeps it as an incident of this kind, if there is one: (kind or "", sentence)
     judged   called with the first failure of an attempt and what is decided about it
     memory   what has happened; a leader that takes over begins with what it knew as one of the others
+    leads    whether this machine still leads: else it begins no attempt
+    term     number of this leader's term
+    missing  who does not take part and why, as far as it is known
     ended    exit code of the run once it is over
     """
 
@@ -86,6 +103,9 @@ class Leader:
     judged: Callable[[Memory, Failure | None, Judgement], None]
     memory: Memory = field(default_factory=Memory)
     ended: int | None = None
+    leads: Callable[[], bool] = lambda: True
+    term: int = 0
+    missing: Sequence[str] = ()
     _nodes: dict[str, Node] = field(default_factory=dict[str, Node])
     _running: bool = False
     _border: bool = False
@@ -96,6 +116,7 @@ class Leader:
     _ticked: float | None = None
     _adopting: float | None = None
     _refused: str = ""
+    _ports_taken: int = 0
     _lacks: bool = True
 
     def take_over(self, before: str, *, lost: bool = True) -> None:
@@ -116,11 +137,6 @@ class Leader:
         node = self._nodes.get(message["id"])
         if node is None:
             node = Node(message["id"], message["host"], message["address"], message["port"], now, now)
-        if message["processes"] != self.rules.processes:
-            told = f"{node.host} has launch.nproc={message['processes']}, and the run {self.rules.processes} on each machine"
-            self._refused = told
-            self._say(told)
-            return {"order": Order.REFUSE, "code": BAD_CONFIG, "said": told}
         self._nodes[node.id] = node
         node.heard, node.gone, node.port = now, None, message["port"]
         node.state, node.attempt, node.leaving = State(message["state"]), message["attempt"], message["leaving"]
@@ -133,6 +149,13 @@ class Leader:
             self._adopting, self._since = SETTLE_SECONDS, now
         self.tick(now)
         return self._answer(node, message["knows"])
+
+    def refuse(self, told: str) -> Message:
+        """Return the answer to a machine that does not fit, and tell people. It is the reason if too few others come."""
+        if told != self._refused:
+            self._refused = told
+            self.tell("nodes", told)
+        return {"order": Order.REFUSE, "code": BAD_CONFIG, "said": told}
 
     def lost(self, node: str, now: float) -> None:
         """Take note that a machine's connection has ended."""
@@ -191,18 +214,23 @@ class Leader:
         self._lacks = not size
         if self.memory.assignment is not None:
             here = {each.id for each in waiting}
-            ready = self._expected <= here or late > SURVIVOR_SECONDS
+            ending = {each.id for each in self._nodes.values() if each.state is State.ENDING}
+            patience = ENDING_SECONDS if self._expected & ending else SURVIVOR_SECONDS
+            ready = self._expected <= here or late > patience
         else:
             newest = max((each.joined for each in waiting), default=now)
             ready = len(waiting) >= self.rules.most or now - newest >= self.rules.join_seconds
         if size and ready:
-            self._begin(waiting, size)
+            if self.leads():
+                self._begin(waiting, size)
         elif not size and late > GATHER_SECONDS:
-            why = f"; {self._refused}" if self._refused else ""
+            reasons = list(filter(None, [self._refused, *self.missing]))
+            why = "".join(f"; {reason}" for reason in reasons)
             self.tell("end", f"too few machines came in {GATHER_SECONDS:.0f} s: {self._count(len(waiting))}{why}")
-            self.ended = BAD_CONFIG if self._refused else TOO_FEW_MACHINES
+            self.ended = BAD_CONFIG if reasons else TOO_FEW_MACHINES
         elif not size and late > SETTLE_SECONDS:
-            self._say(f"waiting for machines: {self._count(len(waiting))}")
+            why = "".join(f"; {reason}" for reason in self.missing)
+            self._say(f"waiting for machines: {self._count(len(waiting))}{why}")
 
     def _adopts(self, late: float) -> bool:
         """Go on with the attempt of an earlier leader if all of its machines are in it; return whether to wait for that."""
@@ -210,9 +238,9 @@ class Leader:
         assert assignment is not None and self._adopting is not None
         there = [self._nodes[each] for each in assignment.ids if each in self._nodes]
         there = [each for each in there if each.attempt == assignment.number]
-        if len(there) == len(assignment.nodes) and all(each.state is not State.WAITING for each in there):
+        if len(there) == len(assignment.nodes) and all(each.state not in IDLE for each in there):
             self._running, self._border, self._failed, self._told = True, False, None, ""
-        elif late <= self._adopting and all(each.state is not State.WAITING for each in there):
+        elif late <= self._adopting and all(each.state not in IDLE for each in there):
             return True
         else:
             self._expected |= self._staying(assignment)
@@ -231,7 +259,7 @@ class Leader:
         nodes = [NodeRanks(each.id, each.host, number * count, count) for number, each in enumerate(chosen)]
         words = self.rules.placements[size]
         first = chosen[0]
-        assignment = Assignment(self.memory.number + 1, nodes, first.address, first.port, words)
+        assignment = Assignment(self.memory.number + 1, nodes, first.address, first.port, words, self.term)
         self.memory = replace(self.memory, launch=self.memory.launch or f"launch-{secrets.token_hex(4)}", assignment=assignment)
         self._running, self._border, self._failed, self._told = True, False, None, ""
         if assignment.number and set(before) != set(assignment.ids):
@@ -285,6 +313,12 @@ class Leader:
         assignment = self.memory.assignment
         assert assignment is not None
         attempt, first = merge(reports)
+        if first is not None and PORT_IS_TAKEN in first.error and not attempt.last and self._ports_taken < PORTS:
+            self._ports_taken += 1
+            self.tell("nodes", f"port {assignment.port} of {assignment.host} was taken meanwhile: the ranks meet at another")
+            self._next(now)
+            return
+        self._ports_taken = 0
         owner = next(each.id for each in assignment.nodes if 0 <= (attempt.rank or 0) - each.first_rank < each.processes)
         failures = [*self.memory.failures, attempt]
         self.memory = replace(self.memory, failures=failures, first=[*self.memory.first, owner])

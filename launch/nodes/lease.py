@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 import sys
 import threading
+import time
+from collections.abc import Sequence
 
+from .refusals import read_refusals
 from .terms import Terms
 
 RENEW_SECONDS = 0.5
@@ -21,14 +24,29 @@ REFUSED_SECONDS = 1.5
 
 
 class LeaseKeeper:
-    """Renews a term's lease until it is released. A thread of its own, so that a slow folder delays no answer."""
+    """Renews a term's lease until it is released. A thread of its own, so that a slow folder delays no answer.
+
+    over      whether another machine leads by now
+    apart     hosts that can't reach this leader, if `looks`
+    refusals  who does not take part and why, if `looks`
+    looks     whether to look for these: while machines are missing
+    """
 
     def __init__(self, terms: Terms, number: int) -> None:
         """number: of the term."""
         self._terms, self._number = terms, number
-        self._over = threading.Event()
+        self._stop = threading.Event()
+        self._renewed = time.monotonic()
+        self.over = self.looks = False
+        self.apart: Sequence[str] = ()
+        self.refusals: Sequence[str] = ()
         self._thread = threading.Thread(target=self._renew, daemon=True, name="lease")
         self._thread.start()
+
+    @property
+    def valid(self) -> bool:
+        """True while nobody can have taken over: no newer term was there a moment ago, and the lease moves."""
+        return not self.over and time.monotonic() - self._renewed < LEASE_SECONDS
 
     def release(self) -> None:
         """Give the lease up, so that others need not wait until it is over. Say so if the folder does not take it."""
@@ -40,21 +58,28 @@ class LeaseKeeper:
 
     def stop(self) -> None:
         """Renew the lease no more."""
-        self._over.set()
+        self._stop.set()
         self._thread.join(RENEW_SECONDS)  # a write that hangs is not waited for
 
     def _renew(self) -> None:
         count, said = 0, False
-        while not self._over.is_set():
+        while not self._stop.is_set():
             count += 1
+            began = time.monotonic()
             try:
+                if self._terms.is_over(self._number):
+                    self.over = True
+                    return
                 self._terms.renew(self._number, count)
+                self._renewed = began
+                if self.looks:
+                    self.apart, self.refusals = self._terms.apart(self._number), read_refusals(self._terms.folder)
             except OSError as error:
                 if not said:
                     text = f"{self._terms.folder}: the leader can't renew its lease ({error}), and tries again"
                     print(text, file=sys.stderr, flush=True)
                 said = True
-            self._over.wait(RENEW_SECONDS)
+            self._stop.wait(RENEW_SECONDS)
 
 
 class LeaseWatch:

@@ -37,6 +37,7 @@ class Assignment:
     nodes   the machines, in the order of their ranks
     host    address and port where the ranks' own store is, on the machine of rank 0
     words   overrides of the command line for this number of machines
+    term    of the leader that began it
     """
 
     number: int
@@ -44,6 +45,7 @@ class Assignment:
     host: str
     port: int
     words: Sequence[str] = ()
+    term: int = 0
 
     @property
     def ids(self) -> list[str]:
@@ -59,7 +61,7 @@ class Assignment:
     def from_dict(cls, values: Mapping[str, Any]) -> Assignment:
         """Read the plain values that `dataclasses.asdict` gives."""
         nodes = [NodeRanks(**row) for row in values["nodes"]]
-        return cls(values["number"], nodes, values["host"], values["port"], values["words"])
+        return cls(values["number"], nodes, values["host"], values["port"], values["words"], values["term"])
 
 
 @dataclass(frozen=True)

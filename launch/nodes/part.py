@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 FLAG = "--machine="
 """Of the agent's command line: its part in a run, JSON."""
+OWN_WORDS = re.compile(r"--|launch\.|(\w+\.)*(output_dir|cache_dir|folder|input|path|validation)=")
+"""Words in which machines may differ: how each is reached, and where files lie there."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,16 @@ class Rules:
         return max((number for number in self.placements if number <= count), default=0)
 
 
+RULES = {
+    "processes": "launch.nproc",
+    "most": "the largest number of launch.nodes",
+    "placements": "launch.placements",
+    "max_restarts": "launch.max_restarts",
+    "join_seconds": "launch.join_seconds",
+}
+"""Rules → the keys that say them."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A machine's part in a run. output_dir: of the run, absolute; arguments: of every rank; address: launch.address."""
@@ -41,6 +54,12 @@ class Part:
     rules: Rules
     arguments: Sequence[str]
     address: str = "auto"
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """What all machines of a run have to have alike: the rules, and the words that say what is computed."""
+        words = sorted(word.lstrip("+") for word in self.arguments if not OWN_WORDS.match(word.lstrip("+")))
+        return {"rules": json.loads(json.dumps(asdict(self.rules))), "words": words}
 
     def as_word(self) -> str:
         """Return it as a word of the agent's command line."""
@@ -53,6 +72,18 @@ class Part:
         rules: dict[str, Any] = values["rules"]
         rules["placements"] = {int(number): words for number, words in rules["placements"].items()}
         return cls(values["output_dir"], Rules(**rules), values["arguments"], values["address"])
+
+
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Return in what another machine's `Part.common` differs from this one's; "" where they are alike."""
+    for name, value in here["rules"].items():
+        if there["rules"].get(name) != value:
+            return f"{RULES[name]}={there['rules'].get(name)}, and the run {value}"
+    only_there = [word for word in there["words"] if word not in here["words"]]
+    only_here = [word for word in here["words"] if word not in there["words"]]
+    if not only_there and not only_here:
+        return ""
+    return f"{' '.join(only_there) or 'nothing'} on its command line, and the run {' '.join(only_here) or 'nothing'}"
 
 
 def overlaid(words: Sequence[str], changes: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from ...checkpoint.fence import FENCE, Fence
 from ...trainer.watch.folder import AttemptFolder
 from .. import forked
 from ..torchrun import RANK
@@ -20,8 +21,10 @@ from .memory import Assignment
 
 REPEAT_SECONDS = 2.0
 """A request to save and end is sent again so often: a rank ignores it before it trains."""
+MOMENT_SECONDS = 0.2
+"""Time in which most ranks are gone that were killed."""
 KILL_SECONDS = 5.0
-"""Time to wait for killed ranks, less than that after which this machine would be taken for lost."""
+"""Time after which people are told of killed ranks that are not gone."""
 
 
 class LocalRanks:
@@ -46,6 +49,7 @@ class LocalRanks:
                 "MASTER_PORT": assignment.port,
                 "TORCHELASTIC_RUN_ID": launch,
                 "TORCHELASTIC_RESTART_COUNT": assignment.number,
+                FENCE: Fence(launch, assignment.term, assignment.number),
                 "TORCHELASTIC_ERROR_FILE": said / str(local) / "error.json",
             }
             started = _start({name: str(value) for name, value in variables.items()}, arguments)
@@ -62,11 +66,15 @@ class LocalRanks:
             self._signal(signal.SIGUSR1)
 
     def kill(self) -> None:
-        """Kill the ranks, and wait until their GPUs are free."""
+        """Kill the ranks, stopped ones, too, and wait a moment, in which most are gone."""
         self._signal(signal.SIGKILL)
-        deadline = time.monotonic() + KILL_SECONDS
-        while None in self.codes().values() and time.monotonic() < deadline:
+        deadline = time.monotonic() + MOMENT_SECONDS
+        while self.left() and time.monotonic() < deadline:
             time.sleep(0.02)
+
+    def left(self) -> dict[int, int]:
+        """Return the process ids of the ranks that are not gone yet, by rank. The others have given their GPUs back."""
+        return {rank: process.pid or 0 for rank, process in self._processes.items() if _code(process) is None}
 
     def _signal(self, number: int) -> None:
         for process in self._processes.values():

@@ -10,8 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import asdict, dataclass
+import secrets
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+from ... import __version__
 
 MEETING = ".nodes"
 """Name of the folder in a run's folder."""
@@ -25,12 +29,29 @@ RELEASED = 10**19
 
 @dataclass(frozen=True)
 class Term:
-    """The time of one leader: its number, and where the leader listens."""
+    """The time of one leader: its number, and where the leader listens.
+
+    run      a name that all terms of a run have, from its first on: agents of other runs don't know it
+    version  of the leader's Meshloom
+    """
 
     number: int
     id: str
     host: str
     port: int
+    run: str = field(default_factory=lambda: f"run-{secrets.token_hex(4)}")
+    version: str = __version__
+
+    @property
+    def machine(self) -> str:
+        """The name of the leader's machine."""
+        return self.id.rsplit("-", 2)[0]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Term:
+        """Read what another version may have written: its run and version are empty where it did not say them."""
+        number, port = int(values["number"]), int(values["port"])
+        return cls(number, values["id"], values["host"], port, values.get("run", ""), values.get("version", ""))
 
 
 class Terms:
@@ -44,8 +65,8 @@ class Terms:
         """Return the newest term; None before the first."""
         found = sorted(self.folder.glob("term-*.json"), reverse=True)
         for path in found:
-            with contextlib.suppress(OSError, ValueError, TypeError):  # OSError: removed meanwhile
-                return Term(**json.loads(path.read_text()))
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # OSError: removed meanwhile
+                return Term.from_dict(json.loads(path.read_text()))
         return None
 
     def claim(self, term: Term) -> bool:
@@ -102,15 +123,26 @@ class Terms:
         """Return the hosts that can't reach the leader of a term."""
         return sorted(path.read_text() for path in self.folder.glob(self._apart(number, "*").name))
 
-    def end(self, code: int) -> None:
-        """Write how the run has ended, and remove the terms: a later launch begins with its own."""
+    # ---- the end
+
+    def end(self, term: Term, code: int) -> bool:
+        """Write how the run has ended in its last term, and remove its terms: a later launch begins with its own.
+
+        Return False, and touch nothing, where another leader has begun a newer term: the run goes on with it. Files of another
+        run's machines stay.
+        """
+        newest = self.newest()
+        if newest is None or (newest.run, newest.number) != (term.run, term.number):
+            return False
         for path in [self.folder / OUTCOME, *([Path(told)] if (told := os.environ.get(OUTCOME_FILE)) else [])]:
             beside = path.with_name(f"{path.name}.new")
             beside.write_text(str(code))
             beside.replace(path)
-        for pattern in ("apart-*", "lease-*", "term-*.json"):  # terms last: without one, a machine looks for the outcome
+        for pattern in ("refused-*", "apart-*", "lease-*", "term-*.json"):  # terms last: without one, the outcome is looked for
             for path in self.folder.glob(pattern):
-                path.unlink(missing_ok=True)
+                if pattern == "refused-*" or _number(path) <= term.number:
+                    path.unlink(missing_ok=True)
+        return True
 
     def outcome(self) -> int | None:
         """Return how the run has ended; None if it goes on."""
@@ -127,6 +159,11 @@ class Terms:
 
     def _lease(self, number: int) -> Path:
         return self.folder / f"lease-{number:06d}"
+
+
+def _number(path: Path) -> int:
+    """Return the number of the term that a file belongs to."""
+    return int(path.stem.split("-")[1])
 
 
 def meeting_folder(output_dir: Path) -> Path:

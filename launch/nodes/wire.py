@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import socket
 import socketserver
-import struct
 import sys
 import threading
 import traceback
@@ -18,8 +16,6 @@ ANSWER_SECONDS = 10.0
 """A leader that has not answered for so long is lost. The same holds for a machine that has not asked."""
 LONGEST = 2**22
 """Bytes of a line; a machine's report carries a traceback."""
-SIOCGIFADDR = 0x8915
-"""Request of Linux' `ioctl`: an interface's IPv4 address (netdevice(7))."""
 
 Message = dict[str, Any]
 
@@ -110,36 +106,3 @@ class Server:
         for connection in list(self.connections):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-
-
-def own_address(wanted: str = "auto") -> str:
-    """Return the address under which other machines reach this one. wanted: an address, an interface's name, or auto.
-
-    auto: the address of the default route, or of this machine's name. Raises OSError where an interface has no address.
-    """
-    if wanted != "auto":
-        return _interface_address(wanted) if wanted in {name for _, name in socket.if_nameindex()} else wanted
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("10.255.255.255", 1))  # sends nothing
-        return str(probe.getsockname()[0])
-    with contextlib.suppress(OSError):
-        return socket.gethostbyname(socket.gethostname())
-    return "127.0.0.1"
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether an address leads every machine to itself."""
-    return host == "localhost" or host.startswith("127.")
-
-
-def _interface_address(name: str) -> str:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-    return socket.inet_ntoa(found[20:24])
-
-
-def free_port() -> int:
-    """Return a port that is free on this machine now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

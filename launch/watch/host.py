@@ -172,7 +172,7 @@ class HostWatch(threading.Thread):
 
     def _exchange(self, about: Mapping[str, Any], states: list[RankState], judges: bool, now: float) -> list[RankState]:
         """Send this host's states to the judging host, or return there those of all other hosts."""
-        prefix = f"attempt-{self._attempt}"
+        prefix = self._prefix(about)
         try:
             if judges:
                 return self._gather(prefix, about, now)
@@ -192,6 +192,10 @@ class HostWatch(threading.Thread):
                 self._lost = 0.0
                 self._say(f"{self._host}: the launcher of rank 0's host does not answer ({type(error).__name__})")
         return []
+
+    def _prefix(self, about: Mapping[str, Any]) -> str:
+        """Return what names of values begin with: hosts of another launch or attempt are not heard."""
+        return f"{about.get('launch', '')}/attempt-{self._attempt}"
 
     def _gather(self, prefix: str, about: Mapping[str, Any], now: float) -> list[RankState]:
         """Return the newest states of the other hosts' ranks; those of a host without news don't answer."""
@@ -234,7 +238,7 @@ class HostWatch(threading.Thread):
         message = text + (f"; {recorded}" if recorded else "") + _stack_of(first)
         self.ended = Ended(self._attempt, first.rank, first.host, message)
         if self._store is not None:
-            self._store.set(f"attempt-{self._attempt}/ended", json.dumps(asdict(self.ended)))
+            self._store.set(f"{self._prefix(about)}/ended", json.dumps(asdict(self.ended)))
         self._kill()
         self._tell(about, "hang", f"run ended: {message}", silence)
 

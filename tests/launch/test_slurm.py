@@ -176,6 +176,27 @@ def test_only_what_may_pass_is_queued_again(
     assert [path.read_text() for path in tmp_path.glob(".faults-*")] == (["1\n"] if again else [])
 
 
+@pytest.mark.parametrize(
+    ("newest", "before", "again"), [("20", "", True), ("20", "10", True), ("20", "20", False), ("", "", True)]
+)
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_job_is_queued_again_only_for_a_further_checkpoint(
+    newest: str, before: str, again: bool, stopped: bool, cluster: dict[str, str], tmp_path: Path
+) -> None:
+    text = slurm.script(["recipe=llama_1b"]).replace("set -uo pipefail", "set -uo pipefail; SECONDS=601")
+    text = text.replace('STOPPED=""', "STOPPED=USR1") if stopped else text
+    tell = f'echo {newest} > "$MESHLOOM_NEWEST_STEP"; ' if newest else ""
+    (tmp_path / "bin" / "srun").write_text(f"#!/bin/bash\n{tell}exit {0 if stopped else 137}\n")
+    queued = tmp_path / f".queued-{cluster['SLURM_JOB_ID']}"
+    if before:
+        queued.write_text(f"{before}\n")
+    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=cluster, capture_output=True, text=True, check=False)
+    assert (tmp_path / "scontrol.log").exists() == again
+    assert done.returncode == (76 if not again else 0 if stopped else 137)
+    assert ("the newest checkpoint is that of step 20, as when" in done.stdout) != again
+    assert queued.exists() == again and not list(tmp_path.glob(".newest*"))
+
+
 @pytest.mark.parametrize("before", [2, 3])
 def test_a_fault_that_comes_again_ends_the_job(before: int, cluster: dict[str, str], tmp_path: Path) -> None:
     text = slurm.script(["recipe=llama_1b"]).replace("set -uo pipefail", "set -uo pipefail; SECONDS=601")

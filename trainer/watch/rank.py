@@ -28,6 +28,9 @@ ADDRESS = "watch/address"
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "gloo/")
 """Parts of the messages with which a collective fails when another rank is gone."""
 
+PORT_IS_TAKEN = "ddress already in use"
+"""Part of the message of a rank that can't listen, because another process does."""
+
 
 def join_watch(config: RunConfig) -> Heartbeat:
     """Begin to be watched, where a launcher watches. Return this rank's heartbeat."""
@@ -44,6 +47,7 @@ def join_watch(config: RunConfig) -> Heartbeat:
             "output_dir": str(Path(config.output_dir).absolute()),
             "silence": config.launch.silence,
             "timeout": config.parallel.timeout,
+            "launch": os.environ.get("TORCHELASTIC_RUN_ID", ""),
             "world_size": int(os.environ["WORLD_SIZE"]),
             "local_world_size": int(os.environ["LOCAL_WORLD_SIZE"]),
             "node": int(os.environ.get("GROUP_RANK", "0")),
@@ -103,6 +107,8 @@ def is_peers_fault(error: BaseException) -> bool:
     """Return whether an error says that another rank is gone, and not what was wrong with it."""
     from torch.distributed import DistError
 
+    if PORT_IS_TAKEN in str(error):
+        return False
     if isinstance(error, DistError | PeerFailed):
         return True
     return isinstance(error, RuntimeError) and any(part in str(error) for part in PEER_IS_GONE)

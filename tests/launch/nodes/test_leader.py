@@ -11,12 +11,22 @@ from typing import Any
 import pytest
 
 from meshloom.launch.exit_codes import BAD_CONFIG, NO_PROGRESS, TOO_FEW_MACHINES
-from meshloom.launch.nodes.leader import GATHER_SECONDS, SETTLE_SECONDS, Leader, Order, State
+from meshloom.launch.nodes.leader import (
+    ENDING_SECONDS,
+    GATHER_SECONDS,
+    PORTS,
+    SETTLE_SECONDS,
+    SURVIVOR_SECONDS,
+    Leader,
+    Order,
+    State,
+)
 from meshloom.launch.nodes.memory import Memory
 from meshloom.launch.nodes.part import FLAG, Part, Rules, overlaid
 from meshloom.launch.nodes.terms import Term, Terms
 from meshloom.launch.nodes.wire import ANSWER_SECONDS, Link, Message, Server
 from meshloom.launch.watch.failures import Failure, Report
+from meshloom.trainer.watch.rank import PORT_IS_TAKEN
 
 RULES = Rules(processes=2, most=4, placements={2: ["parallel.pp=2"], 3: [], 4: []}, max_restarts=3, join_seconds=30.0)
 
@@ -40,7 +50,7 @@ class Cluster:
     def add(self, *names: str, **more: Any) -> None:
         """Add machines, which wait."""
         for name in names:
-            about = {"id": name, "host": f"node-{name}", "address": "10.0.0.1", "port": 1, "processes": 2, "attempt": -1}
+            about = {"id": name, "host": f"node-{name}", "address": "10.0.0.1", "port": 1, "attempt": -1}
             about |= {"state": State.WAITING, "report": None, "leaving": False, "knows": "", "memory": None}
             self.machines[name] = {**about, **more}
 
@@ -54,7 +64,7 @@ class Cluster:
                 if answer["order"] in (Order.END, Order.REFUSE):
                     del self.machines[name]
                 elif answer["order"] == Order.WAIT:
-                    about["state"] = State.WAITING
+                    about["state"] = State.ENDING if about.get("stuck") else State.WAITING
                 elif about["attempt"] != self.leader.memory.number:
                     about |= {"state": State.RUNNING, "attempt": self.leader.memory.number, "report": None}
                 elif answer["order"] == Order.BORDER:
@@ -231,9 +241,12 @@ def test_an_attempt_that_a_machine_has_left_is_not_adopted() -> None:
 def test_a_machine_that_does_not_fit_is_the_reason_of_too_few() -> None:
     cluster = Cluster()
     cluster.add("a")
-    cluster.add("b", processes=8)
+    for _ in range(2):
+        assert cluster.leader.refuse("node-b has launch.nproc=8")["order"] == Order.REFUSE
+    cluster.leader.missing = ["node-c does not take part: data: no such file"]
     cluster.pass_time(GATHER_SECONDS + 3)
-    assert cluster.leader.ended == BAD_CONFIG and "launch.nproc=8" in cluster.told[-1]
+    assert cluster.leader.ended == BAD_CONFIG and cluster.told.count("node-b has launch.nproc=8") == 1
+    assert "; node-b has launch.nproc=8; node-c does not take part: data: no such file" in cluster.told[-1]
 
 
 def test_too_few_machines_end_the_run_after_a_while() -> None:
@@ -250,12 +263,44 @@ def test_a_leader_that_was_suspended_takes_nobody_for_lost() -> None:
     assert cluster.leader.memory.number == 0 and not any("lost" in text for text in cluster.told)
 
 
-def test_machines_are_alike() -> None:
+def test_ranks_that_die_slowly_are_waited_for() -> None:
+    cluster = started(*"abcd")
+    cluster.kill("a")
+    cluster.machines["b"]["stuck"] = True
+    cluster.pass_time(SURVIVOR_SECONDS + 5)
+    assert cluster.leader.memory.number == 0, "it says that it ends its ranks"
+    cluster.machines["b"]["stuck"] = False
+    cluster.pass_time(2)
+    assert cluster.ids == list("bcd") and cluster.leader.memory.number == 1
+    cluster.kill("d")
+    cluster.machines["b"]["stuck"] = True
+    cluster.add("e")
+    cluster.pass_time(ENDING_SECONDS + 3)
+    assert cluster.ids == ["c", "e"], "but not for ever, where the others are enough"
+
+
+def test_ranks_meet_at_another_port_where_theirs_was_taken() -> None:
+    cluster = started("a", "b")
+    taken = f"DistNetworkError: port: 1, code: -98, name: EADDRINUSE, message: a{PORT_IS_TAKEN}"
+    for number in range(PORTS):
+        cluster.fail("a", 1, error=taken, last=0)
+        cluster.pass_time(SETTLE_SECONDS + 3)
+        assert cluster.leader.memory.number == number + 1 and not cluster.judged
+    assert "port 1 of 10.0.0.1 was taken meanwhile: the ranks meet at another" in cluster.told
+    cluster.fail("a", 1, error=taken, last=0)
+    cluster.pass_time(SETTLE_SECONDS + 3)
+    assert len(cluster.judged) == 1
+
+
+def test_a_leader_whose_lease_is_over_begins_nothing() -> None:
     cluster = Cluster()
-    cluster.add("a")
-    cluster.add("b", processes=8)
+    cluster.leader.leads = lambda: False
+    cluster.add(*"abcd")
+    cluster.pass_time(40)
+    assert cluster.leader.memory.assignment is None
+    cluster.leader.leads, cluster.leader.term = lambda: True, 7
     cluster.pass_time(1)
-    assert cluster.answers["b"]["order"] == Order.REFUSE and "launch.nproc=8" in cluster.answers["b"]["said"]
+    assert cluster.leader.memory.assignment is not None and cluster.leader.memory.assignment.term == 7
 
 
 def test_the_first_to_claim_a_term_leads_it(tmp_path: Path) -> None:
@@ -264,8 +309,17 @@ def test_the_first_to_claim_a_term_leads_it(tmp_path: Path) -> None:
     assert here.newest() is None
     assert here.claim(first) and not there.claim(second)
     assert there.newest() == first and there.claim(replace(second, number=2)) and here.newest() == replace(second, number=2)
-    here.end(75)
+    assert not here.end(first, 0), "another leads by now"
+    assert not here.end(Term(2, "b", "10.0.0.2", 5), 0), "of another run"
+    assert there.newest() == replace(second, number=2) and there.outcome() is None
+    assert there.end(replace(second, number=2), 75)
     assert there.newest() is None and there.outcome() == 75
+
+
+def test_a_term_of_another_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / "term-000003.json").write_text('{"number": 3, "id": "node-a-7-ab", "host": "10.0.0.1", "port": 5, "more": 1}')
+    found = Terms(tmp_path).newest()
+    assert found is not None and (found.number, found.machine, found.run, found.version) == (3, "node-a", "", "")
 
 
 def test_requests_are_answered_and_a_lost_connection_is_told() -> None:

@@ -20,12 +20,18 @@ from meshloom.launch.nodes.lease import LeaseWatch
 from meshloom.launch.nodes.part import Part, Rules
 from meshloom.launch.nodes.terms import Term, Terms, meeting_folder
 from meshloom.launch.nodes.wire import Link
+from meshloom.trainer.watch.incidents import IncidentLog
 
 OPEN = Path("/proc/self/fd")
 
 
+NAMES = [f"{socket.gethostname()}-{letter}-0" for letter in "abc"]
+
+
 class FakeRanks:
-    """A rank that runs until it is ended, or asked to save."""
+    """A rank that runs until it is ended, or asked to save. stuck: it is not gone when it was killed."""
+
+    stuck = False
 
     def __init__(self, *_: object) -> None:
         self.code: int | None = None
@@ -34,7 +40,10 @@ class FakeRanks:
         return {0: self.code}
 
     def kill(self) -> None:
-        pass
+        self.code = -9
+
+    def left(self) -> dict[int, int]:
+        return {0: 7} if self.stuck or self.code is None else {}
 
     def ask_to_save(self) -> None:
         self.code = 0
@@ -53,12 +62,12 @@ class Cluster:
         monkeypatch.setattr(agent, "LocalRanks", FakeRanks)
         supervisor = SimpleNamespace(root=folder, end_attempt=lambda _: None)
         self.machines: dict[str, Machine] = {}
-        for number, name in enumerate("abc", 1):
+        for number, name in enumerate(NAMES, 1):
             self.machines[name] = Machine(Part(**{**vars(part), "address": f"127.0.0.{number}"}), cast(Any, supervisor))
             self.machines[name]._id = name
 
     def _connect(self, host: str, port: int) -> Link:
-        there = "abc"[int(host[-1]) - 1]
+        there = NAMES[int(host[-1]) - 1]
         if (there in self.cut) != (self.asking in self.cut):
             raise OSError(errno.EHOSTUNREACH, "No route to host")
         return Link(host, port)
@@ -182,6 +191,73 @@ def test_a_full_disk_stops_a_claim_once_and_leaves_nothing(
     machine.close()
 
 
+def test_ranks_that_are_not_gone_hold_their_machine_back(
+    cluster: Callable[[int], Cluster], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    three = cluster(2)
+    first = three.terms.newest()
+    assert first is not None
+    monkeypatch.setattr(agent, "KILL_SECONDS", 0.2)
+    held = next(name for name in three.machines if name != first.id)
+    ranks, before = cast(FakeRanks, three.machines[held]._ranks), three.number(held)
+    ranks.stuck = True
+    three.part(next(name for name in three.machines if name not in (first.id, held)))
+    three.wait(lambda: three.machines[held]._state is State.ENDING)
+    three.pass_time(0.6)
+    assert three.machines[held]._ranks is ranks and three.number(held) == before, "no rank is started beside one that lives"
+    assert "rank 0 (pid 7) of attempt" in capsys.readouterr().err
+    ranks.stuck = False
+    three.wait(lambda: three.number(held) > before and three.machines[held]._state is State.RUNNING)
+    assert three.machines[held]._ranks is not ranks
+
+
+def test_a_slow_disk_does_not_stall_the_machines(cluster: Callable[[int], Cluster], monkeypatch: pytest.MonkeyPatch) -> None:
+    three = cluster(2)
+    first = three.terms.newest()
+    assert first is not None
+    released = threading.Event()
+
+    def write(log: IncidentLog, incident: object) -> None:
+        released.wait(60.0)
+        written.append(incident)
+
+    def look(*_: object) -> bool:
+        released.wait(60.0)
+        return False
+
+    written: list[object] = []
+    monkeypatch.setattr(IncidentLog, "write", write)
+    before = three.number(first.id)
+    three.part(next(name for name in three.machines if name != first.id))
+    three.wait(lambda: three.number(first.id) > before and len(three.running()) == 2)
+    assert not written, "the loss of a machine was told meanwhile"
+    monkeypatch.setattr(Terms, "renew", look)
+    monkeypatch.setattr(Terms, "is_over", look)
+    three.pass_time(1.0)
+    assert len(three.running()) == 2 and three.terms.newest() == first
+    released.set()
+    three.wait(lambda: bool(written))
+
+
+def test_an_agent_of_another_run_is_told_so_and_goes_on_looking(
+    cluster: Callable[[int], Cluster], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    three = cluster(2)
+    newest = three.terms.newest()
+    assert newest is not None
+    other = Terms(three.folder / "other" / ".nodes" / "by-hand")
+    other.claim(Term(1, f"{socket.gethostname()}-x-0", newest.host, newest.port))  # whose port this run's leader has by now
+    part = Part(str(three.folder / "other"), Rules(1, 3, {1: []}, 3, 0.0), [], "127.0.0.1")
+    stray = Machine(part, cast(Any, SimpleNamespace(root=three.folder, end_attempt=lambda _: None)))
+    three.asking = newest.id
+    stray.turn()
+    assert stray._term is not None and stray._outcome is None and stray._link is None
+    assert f"is not the leader of this run any more: its machine leads term 1 of {newest.run}" in capsys.readouterr().err
+    three.pass_time(0.3)
+    assert len(three.running()) == 3
+    stray.close()
+
+
 def test_a_lease_moves_until_it_is_given_up(tmp_path: Path) -> None:
     terms, watch = Terms(tmp_path), LeaseWatch()
     terms.claim(Term(1, "a", "10.0.0.1", 5))
@@ -192,7 +268,8 @@ def test_a_lease_moves_until_it_is_given_up(tmp_path: Path) -> None:
     terms.release(1)
     assert watch.still(1, terms.lease(1), 14.0) == float("inf") and not watch.moves
     assert not terms.is_over(1)
-    terms.claim(Term(2, "b", "10.0.0.2", 5))
+    newest = Term(2, "b", "10.0.0.2", 5)
+    terms.claim(newest)
     assert terms.is_over(1) and not terms.is_over(2)
-    terms.end(0)
+    terms.end(newest, 0)
     assert terms.is_over(2) and [path.name for path in tmp_path.iterdir()] == ["outcome"]
