@@ -217,6 +217,18 @@ def story_frozen(machines: Machines) -> None:
     agent.resume()
 
 
+def story_suspended(machines: Machines) -> None:
+    """SIGSTOP of all processes of rank 0's machine for 40 s: the others take the run's folder from it, then it comes back"""
+    name = machines.of_rank(0)
+    everything = [psutil.Process(machines.launchers[name].pid), *machines.processes(name, keepers=True)]
+    for each in everything:
+        each.suspend()
+    time.sleep(40)
+    for each in everything:
+        with contextlib.suppress(psutil.Error):
+            each.resume()
+
+
 def story_join(machines: Machines) -> None:
     """a further machine comes"""
     machines.start("d")
@@ -237,6 +249,7 @@ STORIES: dict[str, tuple[Callable[[Machines], None], str, list[str]]] = {
     "launcher": (story_launcher, "2:3", []),
     "rank": (story_rank, "2:3", []),
     "frozen": (story_frozen, "2:3", []),
+    "suspended": (story_suspended, "2:3", []),
     "join": (story_join, "3:4", ["launch.join_seconds=20"]),
     "replaced": (story_replaced, "3", []),
     "pipeline": (story_leader, "2:3", ["parallel.pp=3", "model.layers=3", "launch.placements={2: ['parallel.pp=2']}"]),

@@ -62,7 +62,7 @@ class Bench:
 
     def __init__(self) -> None:
         """Import, and start the fork server."""
-        multiprocessing.set_forkserver_preload([forked.PRELOADED, "meshloom.benchmarks.fire.warm"])
+        multiprocessing.set_forkserver_preload([*forked.PRELOADED, "meshloom.benchmarks.fire.warm"])
         forkserver.ensure_running()
         forked.prepare()
 

@@ -36,14 +36,8 @@ class Rules:
         return max((number for number in self.placements if number <= count), default=0)
 
 
-RULES = {
-    "processes": "launch.nproc",
-    "most": "the largest number of launch.nodes",
-    "placements": "launch.placements",
-    "max_restarts": "launch.max_restarts",
-    "join_seconds": "launch.join_seconds",
-}
-"""Rules → the keys that say them."""
+RULES = {"processes": "launch.nproc", "most": "launch.nodes (at most)", "max_restarts": "launch.max_restarts"}
+"""Rules that have to be alike → the keys that say them. Of the others those of the machine that leads hold."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class Part:
     def common(self) -> dict[str, Any]:
         """What all machines of a run have to have alike: the rules, and the words that say what is computed."""
         words = sorted(word.lstrip("+") for word in self.arguments if not OWN_WORDS.match(word.lstrip("+")))
-        return {"rules": json.loads(json.dumps(asdict(self.rules))), "words": words}
+        return {"rules": {name: getattr(self.rules, name) for name in RULES}, "words": words}
 
     def as_word(self) -> str:
         """Return it as a word of the agent's command line."""

@@ -97,6 +97,35 @@ def test_a_rank_ends_if_its_agent_stays_stopped(start: Callable[..., Started]) -
     assert f"rank 3 ends: its agent (pid {here.agent.pid}) is stopped".encode() in here.agent.stderr.read()
 
 
+LAUNCHER = """
+import subprocess, sys, time
+agent = '''
+import os, time
+from meshloom.launch.parent import when_launcher_dies
+when_launcher_dies(lambda: os._exit(0))
+print(os.getpid(), flush=True)
+time.sleep(600)
+'''
+subprocess.Popen([sys.executable, "-c", agent], start_new_session=True)
+time.sleep(600)
+"""
+
+
+def test_a_stopped_agent_hears_of_its_launcher_s_end() -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, start_new_session=True)
+    assert launcher.stdout is not None
+    agent = psutil.Process(int(launcher.stdout.readline()))
+    try:
+        agent.suspend()
+        launcher.kill()
+        wait_for_the_end(agent)
+    finally:
+        launcher.kill()
+        with contextlib.suppress(psutil.Error):
+            agent.kill()
+        launcher.communicate()
+
+
 def wait_for_the_end(*processes: psutil.Process) -> None:
     deadline = time.monotonic() + PATIENCE
     while any(_runs(each) for each in processes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -81,6 +82,12 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         "SCONTROL_LOG": str(tmp_path / "scontrol.log"),
         "OMP_NUM_THREADS": "1",
     }
+
+
+@functools.cache
+def llama() -> str:
+    """A script of a job, made once."""
+    return slurm.script(["recipe=llama_1b"])
 
 
 def directives(text: str) -> dict[str, str]:
@@ -168,7 +175,7 @@ def test_only_what_may_pass_is_queued_again(
     code: int, seconds: int, again: bool, cluster: dict[str, str], tmp_path: Path
 ) -> None:
     """The run's own code counts, not that of a node which was lost."""
-    text = slurm.script(["recipe=llama_1b"]).replace("set -uo pipefail", f"set -uo pipefail; SECONDS={seconds}")
+    text = llama().replace("set -uo pipefail", f"set -uo pipefail; SECONDS={seconds}")
     (tmp_path / "bin" / "srun").write_text(f'#!/bin/bash\necho {code} > "$MESHLOOM_OUTCOME"; exit 9\n')
     done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=cluster, capture_output=True, check=False)
     assert done.returncode == code
@@ -183,7 +190,7 @@ def test_only_what_may_pass_is_queued_again(
 def test_a_job_is_queued_again_only_for_a_further_checkpoint(
     newest: str, before: str, again: bool, stopped: bool, cluster: dict[str, str], tmp_path: Path
 ) -> None:
-    text = slurm.script(["recipe=llama_1b"]).replace("set -uo pipefail", "set -uo pipefail; SECONDS=601")
+    text = llama().replace("set -uo pipefail", "set -uo pipefail; SECONDS=601")
     text = text.replace('STOPPED=""', "STOPPED=USR1") if stopped else text
     tell = f'echo {newest} > "$MESHLOOM_NEWEST_STEP"; ' if newest else ""
     (tmp_path / "bin" / "srun").write_text(f"#!/bin/bash\n{tell}exit {0 if stopped else 137}\n")
@@ -199,7 +206,7 @@ def test_a_job_is_queued_again_only_for_a_further_checkpoint(
 
 @pytest.mark.parametrize("before", [2, 3])
 def test_a_fault_that_comes_again_ends_the_job(before: int, cluster: dict[str, str], tmp_path: Path) -> None:
-    text = slurm.script(["recipe=llama_1b"]).replace("set -uo pipefail", "set -uo pipefail; SECONDS=601")
+    text = llama().replace("set -uo pipefail", "set -uo pipefail; SECONDS=601")
     (tmp_path / "bin" / "srun").write_text("#!/bin/bash\nexit 137\n")
     (tmp_path / f".faults-{cluster['SLURM_JOB_ID']}").write_text(f"{before}\n")
     done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=cluster, capture_output=True, check=False)

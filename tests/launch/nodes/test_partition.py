@@ -203,7 +203,7 @@ def test_ranks_that_are_not_gone_hold_their_machine_back(
     ranks.stuck = True
     three.part(next(name for name in three.machines if name not in (first.id, held)))
     three.wait(lambda: three.machines[held]._state is State.ENDING)
-    three.pass_time(0.6)
+    three.pass_time(0.4)
     assert three.machines[held]._ranks is ranks and three.number(held) == before, "no rank is started beside one that lives"
     assert "rank 0 (pid 7) of attempt" in capsys.readouterr().err
     ranks.stuck = False
@@ -233,7 +233,7 @@ def test_a_slow_disk_does_not_stall_the_machines(cluster: Callable[[int], Cluste
     assert not written, "the loss of a machine was told meanwhile"
     monkeypatch.setattr(Terms, "renew", look)
     monkeypatch.setattr(Terms, "is_over", look)
-    three.pass_time(1.0)
+    three.pass_time(0.4)
     assert len(three.running()) == 2 and three.terms.newest() == first
     released.set()
     three.wait(lambda: bool(written))
