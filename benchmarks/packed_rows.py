@@ -26,7 +26,7 @@ END = 0
 def draw_rows(name: str, length: int, count: int, longest: int, seed: int = 0) -> list[list[int]]:
     """Draw documents of a distribution, cut where they are longer than `longest`, and pack them into rows by best fit.
 
-    Returns the lengths in each of the first `count` rows; what is left of a row is its last document.
+    Returns the lengths in each of the first `count` rows; what is left of a row is cut likewise.
     """
     random = Random(f"{name} {seed}")
     pieces: list[int] = []
@@ -34,13 +34,17 @@ def draw_rows(name: str, length: int, count: int, longest: int, seed: int = 0) -
     while room > 0:
         document = draw_length(name, random)
         room -= document
-        longest_here = min(longest, length)
-        pieces += [longest_here] * (document // longest_here) + [document % longest_here] * (document % longest_here > 0)
+        pieces += _cut(document, min(longest, length))
     lengths = np.array(pieces)
     order, bins = best_fit(lengths, length)
     rows = [lengths[order[start:stop]].tolist() for start, stop in pairwise(bins.tolist())]
     Random(seed).shuffle(rows)  # best fit leaves the longest documents first
-    return [row + [length - sum(row)] * (sum(row) < length) for row in rows[:count]]
+    return [row + _cut(length - sum(row), min(longest, length)) for row in rows[:count]]
+
+
+def _cut(document: int, longest: int) -> list[int]:
+    """Cut a document into pieces of at most `longest` tokens."""
+    return [longest] * (document // longest) + [document % longest] * (document % longest > 0)
 
 
 def tokens_of(row: Sequence[int], vocabulary: int, seed: int) -> NDArray[np.int64]:
