@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,10 @@ class Checkpointer:
         for save in self._saves:
             if save.step == step:
                 save.confirm(doubt)
+
+    def tell_progress(self, on_progress: Callable[[], None]) -> None:
+        """Call this about once a second while a save waits for its writer and that gets on, in whichever thread waits."""
+        self._context.writer.on_progress = on_progress
 
     @property
     def suspected(self) -> int | None:

@@ -22,7 +22,7 @@ class Phase(enum.IntEnum):
 
     START is everything before the first step but JOIN, in which ranks connect. EXCHANGE is waiting for other ranks (and, on
     GPUs, for the device). OUTER is waiting for other islands. HOOKS is what a run does between steps and has no phase of its
-    own. END is that of a rank that is done or has failed.
+    own. TASKS is an evaluation on tasks. END is that of a rank that is done or has failed.
     """
 
     START = 0
@@ -35,14 +35,18 @@ class Phase(enum.IntEnum):
     OUTER = 7
     HOOKS = 8
     EVALUATION = 9
-    SAVE = 10
-    END = 11
+    TASKS = 10
+    SAVE = 11
+    END = 12
 
     @property
     def word(self) -> str:
         """The phase's name in messages."""
         return self.name.lower()
 
+
+TOLD = (Phase.EVALUATION, Phase.SAVE)
+"""Phases whose whole durations are told by `learn`: an evaluation beats many times, and a save goes on in the background."""
 
 OWN_WORK = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.UPDATE)
 """Phases of a step that are a rank's own work, as far as the host sees it."""
@@ -61,14 +65,14 @@ class Beat:
     """A heartbeat as read from outside.
 
     beats        number of beats so far
-    since        when the phase began, seconds of CLOCK_MONOTONIC
+    since        when the phase began or was last seen to go on, seconds of CLOCK_MONOTONIC
     step         the step under way, counted from 1; 0: none yet
     phase        what the rank is doing
     micro_batch  counted from 1; 0: not in one
     pid          of the rank
     steps_done   steps that it has completed since it was started
     usual        phase → median of its recent durations, in seconds; a phase that has not ended twice is absent
-    longest      phase → longest of its recent durations; of SAVE those that were told by `learn`; absent: none is known
+    longest      phase → longest of its recent durations; of TOLD those that were told by `learn`; absent: none is known
     step_usual   the same of steps; None: fewer than two
     """
 
@@ -103,17 +107,22 @@ class Heartbeat:
         self._ended = [0] * _ROWS
         self._phase, self._micro_batch, self._pid = Phase.START, 0, os.getpid()
         self._since = self._step_since = time.monotonic()
-        self._write()
+        self._write(self._since)
 
     def beat(self, phase: Phase, micro_batch: int = 0) -> None:
         """Begin a phase, which ends the one before."""
         now = time.monotonic()
         before, seconds = self._phase, now - self._since
         self.totals[before] += seconds
-        if before is not Phase.SAVE:  # a save that goes on in the background takes longer than its phase
+        if before not in TOLD:
             self._keep(before, seconds)
         self._phase, self._micro_batch, self._since = phase, micro_batch, now
-        self._write()
+        self._write(now)
+
+    def go_on(self, phase: Phase) -> None:
+        """Tell that this rank gets on in a phase, if it is in it. Any thread may."""
+        if self._phase is phase:
+            self._write(time.monotonic())
 
     def begin_step(self, step: int) -> None:
         """Begin a step, in the phase DATA. step: counted from 1."""
@@ -125,7 +134,7 @@ class Heartbeat:
         self.beat(Phase.DATA)
 
     def learn(self, phase: Phase, seconds: float) -> None:
-        """Take in how long a phase may take that does not show it by itself: a whole save."""
+        """Take in how long a phase took that does not show it by itself: a whole save or evaluation."""
         self._keep(phase, seconds)
 
     @property
@@ -149,10 +158,10 @@ class Heartbeat:
         self._ended[row] += 1
         _DURATION.pack_into(self._memory, _HEAD.size + place * _DURATION.size, seconds)
 
-    def _write(self) -> None:
-        self._beats += 1
+    def _write(self, since: float) -> None:
+        self._beats = beats = self._beats + 1  # both counts are of one value, whatever another thread does meanwhile
         place = self._step, self._phase, self._micro_batch
-        _HEAD.pack_into(self._memory, 0, self._beats, self._since, *place, self._pid, self._steps_done, self._beats)
+        _HEAD.pack_into(self._memory, 0, beats, since, *place, self._pid, self._steps_done, beats)
 
 
 def read_beat(path: Path) -> Beat | None:

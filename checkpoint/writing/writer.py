@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import CheckpointError
@@ -43,6 +44,8 @@ class Writer:
     """Makes files out of staging buffers, one after the other, in a process of its own.
 
     So neither the interpreter lock nor a crash of the trainer is in the way, and one that is stuck can be ended.
+
+    on_progress  called about once a second while `end` waits and the process gets on, in the thread that waits
     """
 
     def __init__(self) -> None:
@@ -50,6 +53,7 @@ class Writer:
         self._socket: socket.socket | None = None
         self._giver: Giver | None = None
         self._request: Request | None = None
+        self.on_progress: Callable[[], None] = lambda: None
         self._start()
 
     def _start(self) -> None:
@@ -82,7 +86,7 @@ class Writer:
         link, process, request = self._socket, self._process, self._request
         assert link is not None and process is not None and request is not None
         try:
-            answer = _answer(link, request, patience)
+            answer = _answer(link, request, patience, self.on_progress)
         except CheckpointError:
             self._kill()  # and not waited for: a stuck disk may hold it for as long as it likes
             raise
@@ -131,8 +135,8 @@ class Writer:
         self._process = self._socket = None
 
 
-def _answer(link: socket.socket, request: Request, patience: float) -> bytes:
-    """The line that the writer answers; empty if it is gone.
+def _answer(link: socket.socket, request: Request, patience: float, on_progress: Callable[[], None]) -> bytes:
+    """The line that the writer answers; empty if it is gone. on_progress: called when it has got on
 
     Raises CheckpointError after `patience` seconds in which it got no further.
     """
@@ -145,6 +149,7 @@ def _answer(link: socket.socket, request: Request, patience: float) -> bytes:
         except TimeoutError:
             if request.memory.watermark.life != life:
                 life, since = request.memory.watermark.life, time.monotonic()
+                on_progress()
             elif time.monotonic() - since > patience:
                 raise CheckpointError(
                     f"writing {request.target} got no further for {patience:g} s (checkpoint.timeout): a stuck disk?"

@@ -118,12 +118,12 @@ class HostWatch(threading.Thread):
         mine = self._take_stacks(folder, mine, now)
         if not judges or any(each.state in (*GONE, TRACED) for each in [*mine, *others]):
             return  # torchrun ends the others of a rank that has exited; somebody debugs one that is traced
-        limit, timeout = _limit(about["silence"]), float(about["timeout"])
-        silence = judge(with_missing([*mine, *others], about.get("world_size", 0)), limit, timeout)
+        limits = _limit(about["silence"]), float(about["timeout"]), float(about["save_timeout"])
+        silence = judge(with_missing([*mine, *others], about.get("world_size", 0)), *limits)
         if silence is not None and silence.ends:  # a stack may be old: look again before anything is ended
             later = time.monotonic()
             mine = self._take_stacks(folder, self._local(folder, later), later, anew=True)
-            silence = judge(with_missing([*mine, *others], about.get("world_size", 0)), limit, timeout)
+            silence = judge(with_missing([*mine, *others], about.get("world_size", 0)), *limits)
         self._judge(about, [*mine, *others], silence)
 
     def _local(self, folder: AttemptFolder, now: float) -> list[RankState]:

@@ -25,6 +25,9 @@ LOST_SECONDS = 30.0
 """A host that gives no news is named after 2 usual steps and so many seconds."""
 STORAGE_SECONDS = 120.0
 """Stands for ENDED_SECONDS in the phases of STORED: a file server may be slow for once."""
+SAVE_MARGIN = 1.25
+"""A save that does not get on gives up by itself after checkpoint.timeout, or a little more where ranks wait for each other.
+Only then may its run be ended for it."""
 FIRST_SECONDS = 60.0
 """A rank that saves for the first time is named after so long."""
 UNKNOWN_SECONDS = 10.0
@@ -44,8 +47,12 @@ UNBOUNDED = (Phase.START, Phase.OUTER, Phase.HOOKS, Phase.END)
 Only parallel.timeout bounds them, where a rank waits for one of these; where all ranks are in the same, nothing does."""
 STORED = (Phase.DATA, Phase.SAVE)
 """Phases that wait for storage. If all ranks are in the same one and can't be told apart, storage is at fault and no rank."""
+ALIKE = (*STORED, Phase.EVALUATION)
+"""Phases in which all ranks may be slow together without a fault: parallel.timeout holds then."""
 VARYING = (*STORED, Phase.EVALUATION)
 """Phases of which one is not as long as the other: the longest of the recent ones counts, not the median."""
+UNLEARNED = (*UNBOUNDED, Phase.TASKS)
+"""Phases whose earlier durations say nothing. Gathering a model, tokenising or one generation may take minutes within TASKS."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class RankState:
     @property
     def learned(self) -> float:
         """The seconds that its phase may take as far as is known; 0: nothing is."""
-        return 0.0 if self.phase in UNBOUNDED else self.longest if self.phase in VARYING else self.usual
+        return 0.0 if self.phase in UNLEARNED else self.longest if self.phase in VARYING else self.usual
 
     @property
     def where(self) -> str:
@@ -107,7 +114,7 @@ class RankState:
     def ended_after(self, limit: float | None, timeout: float) -> float:
         """Return the seconds of silence after which the run is ended for this rank.
 
-        limit: launch.silence, if it is a number; timeout: parallel.timeout, which holds where nothing was learned
+        limit: launch.silence, if it is a number; timeout: what holds where nothing was learned, and bounds what was
         """
         if self.state == STOPPED:
             return self.named_after if limit is None else max(limit, self.named_after)
@@ -136,8 +143,14 @@ class Silence:
     limit: float = 0.0
 
 
-def judge(ranks: Sequence[RankState], limit: float | None = None, timeout: float = 600.0) -> Silence | None:
-    """Return the silence of a run, if it is silent. limit, timeout: see `RankState.ended_after`.
+def judge(
+    ranks: Sequence[RankState], limit: float | None = None, timeout: float = 600.0, save_timeout: float = 0.0
+) -> Silence | None:
+    """Return the silence of a run, if it is silent.
+
+    limit         launch.silence, if it is a number
+    timeout       parallel.timeout
+    save_timeout  checkpoint.timeout, in whose place the longer one counts for a rank that saves
 
     A run of which a rank has exited is not judged: torchrun ends its others. Nor is one that somebody debugs.
     """
@@ -159,8 +172,9 @@ def judge(ranks: Sequence[RankState], limit: float | None = None, timeout: float
     if not stopped and len({each.phase for each in live}) == 1 and _nobody_waits(blamed, live):
         return None
     # Where no rank is stopped, the most patient limit of all holds: who is to blame is not certain.
-    limits = [each.ended_after(limit, timeout) for each in stopped or live]
-    if blamed == live and live[0].phase in STORED:
+    saving = max(timeout, SAVE_MARGIN * save_timeout)
+    limits = [each.ended_after(limit, saving if each.phase is Phase.SAVE else timeout) for each in stopped or live]
+    if blamed == live and live[0].phase in ALIKE:
         limits.append(timeout if limit is None else limit)
     after = min(limits) if stopped else max(limits)
     waiting = [each for each in live if each not in blamed]
@@ -177,14 +191,14 @@ def with_missing(ranks: Sequence[RankState], world_size: int) -> list[RankState]
 
 def _named_after(state: RankState, timeout: float) -> float:
     """Return the seconds after which a rank is named: in a phase without a usual time, half of what bounds it."""
-    if state.stopped or state.phase not in (*UNBOUNDED, Phase.SAVE) or state.learned:
+    if state.stopped or state.phase not in (*UNLEARNED, Phase.SAVE) or state.learned:
         return state.named_after
     return max(state.named_after, min(FIRST_SECONDS, timeout / 2) if state.phase is Phase.SAVE else timeout / 2)
 
 
 def _nobody_waits(blamed: Sequence[RankState], live: Sequence[RankState]) -> bool:
-    """Return whether ranks that are in the same phase all prepare, or write: nobody waits for another."""
-    if blamed[0].phase is Phase.SAVE:  # all alike: their storage may be slow. Else some wait in an agreement about the save.
+    """Return whether ranks that are in the same phase all prepare, write or compute: nobody waits for another."""
+    if blamed[0].phase in (Phase.SAVE, Phase.TASKS):  # all alike: slow storage, or a long tokenisation. Else some wait for one.
         return len(blamed) == len(live)
     return blamed[0].phase in UNBOUNDED
 

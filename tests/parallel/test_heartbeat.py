@@ -57,6 +57,32 @@ def test_how_long_a_save_takes_is_told_and_not_seen(tmp_path: Path, monkeypatch:
     assert beat is not None and beat.longest[Phase.SAVE] == 60.0
 
 
+def test_an_evaluation_is_as_long_as_all_of_its_micro_batches(tmp_path: Path) -> None:
+    heartbeat = Heartbeat(tmp_path / "beat")
+    for micro_batch in range(3):
+        heartbeat.beat(Phase.EVALUATION, micro_batch)
+    heartbeat.beat(Phase.HOOKS)
+    heartbeat.learn(Phase.EVALUATION, 60.0)
+    beat = read_beat(tmp_path / "beat")
+    assert beat is not None and beat.longest[Phase.EVALUATION] == 60.0 and Phase.EVALUATION not in beat.usual
+
+
+def test_a_phase_that_goes_on_begins_anew_for_the_watch_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    heartbeat = Heartbeat(tmp_path / "beat")
+    heartbeat.beat(Phase.SAVE)
+    clock.now += 50.0
+    heartbeat.go_on(Phase.UPDATE)  # of a save in the background: this rank does something else
+    beat = read_beat(tmp_path / "beat")
+    assert beat is not None and beat.since == clock.now - 50.0
+    heartbeat.go_on(Phase.SAVE)
+    beat = read_beat(tmp_path / "beat")
+    assert beat is not None and beat.since == clock.now and beat.beats == 3
+    clock.now += 5.0
+    heartbeat.beat(Phase.HOOKS)
+    assert heartbeat.totals[Phase.SAVE] == 55.0
+
+
 def heartbeat_count(steps: int) -> int:
     return 1 + 4 * steps + 1
 

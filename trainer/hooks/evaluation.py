@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,7 @@ class Evaluation(Hook):
     def _evaluate(self, loop: Loop) -> None:
         if not loop.deliver_metrics(keep=0):  # the step is taken again, and evaluated then
             return
+        began = time.monotonic()
         loop.mesh.heartbeat.beat(Phase.EVALUATION)
         found: list[StepLoss] = []
         routed: dict[str, torch.Tensor] = {}
@@ -90,6 +92,7 @@ class Evaluation(Hook):
         if routed:
             row |= self._specialisation(loop, routed)
         loop.mesh.heartbeat.beat(Phase.HOOKS)
+        loop.mesh.heartbeat.learn(Phase.EVALUATION, time.monotonic() - began)
         for hook in loop.hooks:
             hook.on_evaluate(loop, row)
         loop.restart_clock()

@@ -81,6 +81,8 @@ class Saving(Hook):
     def on_run_begin(self, loop: Loop) -> None:
         """Count the step that the run resumed from as saved."""
         self._saved_step = loop.progress.step
+        heartbeat = loop.mesh.heartbeat
+        self._checkpointer.tell_progress(lambda: heartbeat.go_on(Phase.SAVE))
 
     def before_update(self, loop: Loop) -> None:
         """Wait for a snapshot that is still being copied, before the weights change."""

@@ -78,7 +78,7 @@ class TaskEvaluation(Hook):
         if not loop.deliver_metrics(keep=0):  # the step is taken again, and evaluated then
             return
         progress = loop.progress
-        loop.mesh.heartbeat.beat(Phase.EVALUATION)
+        loop.mesh.heartbeat.beat(Phase.TASKS)
         values = self._values_or_warn(loop)
         self._evaluated_step = progress.step
         loop.mesh.heartbeat.beat(Phase.HOOKS)

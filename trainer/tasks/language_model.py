@@ -107,7 +107,7 @@ class LanguageModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
 
         def compute() -> None:
             for number, one in score(self._model, pairs, self.max_length, self._mesh.rank, self._mesh.layout.world_size):
-                self._mesh.heartbeat.beat(Phase.EVALUATION, number)
+                self._mesh.heartbeat.beat(Phase.TASKS, number)
                 found[number] = torch.tensor([one.log_likelihood, float(one.greedy)], dtype=torch.float64)
 
         self._on_all_ranks(compute)
@@ -162,7 +162,7 @@ class LanguageModel(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
         def compute() -> dict[int, str]:
             found: dict[int, str] = {}
             for start in starts:
-                self._mesh.heartbeat.beat(Phase.EVALUATION, start)
+                self._mesh.heartbeat.beat(Phase.TASKS, start)
                 numbers = order[start : start + size]
                 texts = generate_texts(
                     self._model,

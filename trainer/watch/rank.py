@@ -47,6 +47,7 @@ def join_watch(config: RunConfig) -> Heartbeat:
             "output_dir": str(Path(config.output_dir).absolute()),
             "silence": config.launch.silence,
             "timeout": config.parallel.timeout,
+            "save_timeout": config.checkpoint.timeout,
             "launch": os.environ.get("TORCHELASTIC_RUN_ID", ""),
             "world_size": int(os.environ["WORLD_SIZE"]),
             "local_world_size": int(os.environ["LOCAL_WORLD_SIZE"]),

@@ -13,6 +13,7 @@ from meshloom.launch.watch.judge import (
     FIRST_SECONDS,
     NAMED_SECONDS,
     NAMED_STEPS,
+    SAVE_MARGIN,
     STOPPED_SECONDS,
     STORAGE_SECONDS,
     UNKNOWN_SECONDS,
@@ -148,6 +149,33 @@ def test_one_of_those_that_save_is_blamed_if_the_others_wait_for_it() -> None:
     found = judge([writes, waits])
     assert found is not None and found.blamed == [writes] and found.ends
     assert judge([replace(writes, longest=0.0, age=61.0), replace(waits, age=61.0)]) is not None  # the first save
+
+
+@pytest.mark.parametrize("longest", [0.0, 20.0, 70.0])
+@pytest.mark.parametrize("collective", [None, True])
+def test_a_save_is_spared_as_long_as_it_may_still_give_up_by_itself(longest: float, collective: bool | None) -> None:
+    """However short parallel.timeout is: what bounds a save is checkpoint.timeout."""
+    learned = 10 * longest + STORAGE_SECONDS if longest else 600.0 * SAVE_MARGIN
+    limit = min(600.0 * SAVE_MARGIN, learned)
+    for age in (limit - 1, limit + 1):
+        writes, waits = (state(rank, Phase.SAVE, age, longest=longest, collective=collective) for rank in range(2))
+        found = judge([replace(writes, collective=False), waits], timeout=60.0, save_timeout=600.0)
+        assert found is not None and [each.rank for each in found.blamed] == [0] and found.ends is (age > limit)
+
+
+def test_ranks_that_evaluate_alike_have_until_the_timeout() -> None:
+    for collective, ends in ((False, False), (True, True)):
+        others = [state(rank, Phase.EVALUATION, 80.0, collective=collective) for rank in range(1, 4)]
+        found = judge([state(0, Phase.EVALUATION, 80.0, collective=False), *others])
+        assert found is not None and found.ends is ends
+
+
+def test_tasks_are_bounded_by_the_timeout_alone_if_one_waits_for_another() -> None:
+    alike = [state(rank, Phase.TASKS, 5000.0, collective=False) for rank in range(4)]
+    assert judge(alike) is None  # all tokenise, or take a mean over many draws
+    for age, ends in ((500.0, False), (601.0, True)):
+        found = judge([state(0, Phase.TASKS, age, collective=False), state(1, Phase.TASKS, age, collective=True)])
+        assert found is not None and [each.rank for each in found.blamed] == [0] and found.ends is ends
 
 
 @pytest.mark.parametrize("phase", [Phase.DATA, Phase.SAVE])

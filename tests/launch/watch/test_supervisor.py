@@ -35,7 +35,7 @@ def attempt(number: int, output_dir: Path, reasons: dict[int, BaseException], st
     """Leave what two ranks of an attempt would leave that failed for these reasons."""
     folder = AttemptFolder.of(Path(os.environ[WATCH_FOLDER]), number)
     folder.path.mkdir(parents=True)
-    write_json(folder.run, {"output_dir": str(output_dir), "silence": None, "timeout": 600, "nodes": 1})
+    write_json(folder.run, {"output_dir": str(output_dir), "silence": None, "timeout": 600, "save_timeout": 600, "nodes": 1})
     with pytest.MonkeyPatch.context() as patch:
         for rank in range(2):
             patch.setenv("RANK", str(rank))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -13,6 +14,7 @@ from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.report import SaveReport
+from meshloom.parallel.heartbeat import Heartbeat, Phase, read_beat
 from meshloom.trainer.all_ranks import PeerFailed
 from meshloom.trainer.hooks.base import Hook
 from meshloom.trainer.hooks.saving import Saving
@@ -28,6 +30,9 @@ class NotedCalls:
     def __init__(self, mode: str, calls: list[str]) -> None:
         self.config = CheckpointConfig(mode=mode)
         self._calls = calls
+
+    def tell_progress(self, on_progress: Any) -> None:
+        self.on_progress = on_progress
 
     def prepare(self, fragments: Any) -> None:
         self._calls.append("prepare")
@@ -80,6 +85,20 @@ def test_saves_wait_for_their_loss_and_updates_for_their_saves(mode: str) -> Non
     start = ["before update", "confirm 1", "prepare", "end 1", "before update"]
     end = ["end 4", "confirm 4"] if mode == "async" else ["end 4"]
     assert calls == [*start, *SAVES[mode], *end]
+
+
+def test_the_writers_progress_is_progress_of_the_save(tmp_path: Path) -> None:
+    checkpointer, heartbeat = NotedCalls("async", []), Heartbeat(tmp_path / "beat")
+    loop = SimpleNamespace(progress=SimpleNamespace(step=0), mesh=SimpleNamespace(heartbeat=heartbeat))
+    Saving(cast(Checkpointer, checkpointer), 2, {}).on_run_begin(cast(Loop, loop))
+    beats: list[int] = []
+    for phase in (Phase.UPDATE, Phase.SAVE):
+        heartbeat.beat(phase)
+        checkpointer.on_progress()
+        found = read_beat(tmp_path / "beat")
+        assert found is not None
+        beats.append(found.beats)
+    assert beats == [2, 4]
 
 
 class FullDisk(NotedCalls):
