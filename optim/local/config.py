@@ -9,7 +9,7 @@ from ...config.keys import Side, key
 from ...config.problems import Problem
 from ..optimizers.bounds import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, bound_problems, choice_problems
 
-AGGREGATES = ("mean", "flag")
+AGGREGATES = ("mean", "geometric_median")
 DTYPES = ("fp32", "bf16", "int8")
 
 
@@ -30,7 +30,7 @@ class LocalConfig:
     mix: float = key(0.0, "weight of an island's own weights where it takes over the outer ones, for steps taken in the delay")
     clip: float | None = key(None, "bound on each element of the outer momentum, as in CO2; null: none")
     aggregate: str = key(
-        "mean", "of differences: mean, by tokens; flag: Flag Aggregator, which bounds what one island can spoil"
+        "mean", "of differences, by tokens: mean; geometric_median, which a minority of wrong islands moves by a bounded amount"
     )
     dtype: str = key("fp32", "in which differences travel: fp32 (the masters' own), bf16 or int8 (by blocks of 256)")
 
@@ -46,6 +46,11 @@ class LocalConfig:
         """
         counts = range(self.islands, (self.quorum or self.islands) - 1, -1)
         return next((count for count in counts if processes % (count * smallest) == 0), self.islands)
+
+    @property
+    def fewest(self) -> int:
+        """The smallest number of islands with which the run goes on."""
+        return self.islands if self.quorum is None else min(self.quorum, self.islands)
 
     @property
     def arrays(self) -> int:
@@ -71,9 +76,10 @@ class LocalConfig:
             found.append(Problem(f"{key}.quorum", message, f"use {self.islands} at most"))
         if self.clip is not None and not self.momentum:
             found.append(Problem(f"{key}.clip", "there is no momentum", f"use {key}.clip=null, or {key}.momentum=0.2"))
-        if self.aggregate == "flag" and self.active and self.islands < 3:
+        if self.aggregate != "mean" and self.active and self.fewest < 3:
             message = "of two islands nobody can tell which is wrong"
-            found.append(Problem(f"{key}.aggregate", message, f"use {key}.aggregate=mean, or three islands or more"))
+            fewest = "islands" if self.islands < 3 else "quorum"
+            found.append(Problem(f"{key}.aggregate", message, f"use {key}.aggregate=mean, or {key}.{fewest}=3 or more"))
         if self.nesterov and not self.momentum:
             found.append(Problem(f"{key}.nesterov", "there is no momentum", f"use {key}.nesterov=false, or {key}.momentum=0.9"))
         if self.fragments > self.inner_steps:

@@ -97,7 +97,7 @@ class Islands:
     def of(cls, config: LocalConfig, mesh: Mesh, weights: Weights, layers: Mapping[str, int | None]) -> Islands:
         """Make it over weights that have their initial values. layers: of each weight"""
 
-        hosts = mesh.group_of_hosts() if config.aggregate == "flag" else None
+        hosts = mesh.group_of_hosts() if config.aggregate == "geometric_median" else None
         copies = mesh.weight_axes["dense"].copies
 
         def turn(names: Sequence[str]) -> Turn:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ...optim.local.aggregate import flag_coefficients, mean_coefficients
+from ...optim.local.aggregate import mean_coefficients, median_coefficients
 from ...optim.local.wire import Wire
 from ..mesh import Mesh
 
@@ -74,7 +74,7 @@ class Flight:
 
 @dataclass(frozen=True)
 class GramSum:
-    """Takes the scalar products of the islands' differences over all shards, for the Flag Aggregator.
+    """Takes the scalar products of the islands' differences over all shards, for their geometric median.
 
     group   of all ranks of all islands, gloo's, which nothing else uses
     counts  by shard, how much it counts: where ranks hold copies of it that do not share the work, a part
@@ -116,7 +116,7 @@ class Route:
     ) -> None:
         """copies: ranks of the island that hold the same shards; like: one of the shards, None: there is none here
 
-        gram: by which differences become one by the Flag Aggregator; None: by their mean
+        gram: by which differences become their geometric median; None: their mean
         """
         self._across, self._wire, self._shapes = mesh.across, wire, shapes
         self._islands = 1 if mesh.across is None else mesh.across.size()  # where all others are lost, nothing travels
@@ -176,7 +176,7 @@ class Route:
         """Return how much of each island's difference there is in what they become. parts: (K, n) of them, tokens: (K,)"""
         if self._gram is None:
             return mean_coefficients(tokens).tolist()
-        return flag_coefficients(self._gram.sum(parts, self._counts), tokens).tolist()
+        return median_coefficients(self._gram.sum(parts, self._counts), tokens).tolist()
 
     def _of_all(self, row: torch.Tensor) -> torch.Tensor:
         """Return the rows (1, n) of all islands, (K, n)."""

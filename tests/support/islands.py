@@ -37,12 +37,12 @@ class Sent:
     differences: list[dict[str, torch.Tensor]]
 
     def joined(self, aggregate: str) -> dict[str, torch.Tensor]:
-        """Return the mean difference, by tokens, or that of the Flag Aggregator."""
+        """Return the mean difference, by tokens, or the geometric median."""
         names = self.differences[0]
         shares = [each / max(1, sum(self.tokens)) for each in self.tokens]
-        if aggregate == "flag":
+        if aggregate == "geometric_median":
             rows = np.stack([torch.cat([each[name].flatten() for name in names]).numpy() for each in self.differences])
-            flat = torch.from_numpy(flag_aggregate(rows, np.array(shares)))
+            flat = torch.from_numpy(geometric_median(rows, np.array(shares)))
             pieces = flat.split([each.numel() for each in names.values()])
             return {name: piece.view_as(each) for (name, each), piece in zip(names.items(), pieces, strict=True)}
         return {name: sum(s * d[name] for s, d in zip(shares, self.differences, strict=True)) for name in names}  # type: ignore[misc]
@@ -67,14 +67,21 @@ def _layer_of(name: str) -> int | None:
     return int(name.split(".")[1]) if name.startswith("layers.") else None
 
 
-def flag_aggregate(rows: np.ndarray, shares: np.ndarray, iterations: int = 300) -> np.ndarray:
-    """Return the Flag Aggregator's sum of rows, by singular vectors of the whole rows, with rank 1. From the paper's text."""
-    norms = np.linalg.norm(rows, axis=1)
-    columns, weights = (rows / norms[:, None]).T, np.ones(len(rows))
-    for _ in range(iterations):
-        y = np.linalg.svd(columns * weights, full_matrices=False)[0][:, 0]
-        weights = (1 - (y @ columns) ** 2 + 1e-7) ** -0.25
-    return np.median(norms) * y * (y @ (columns @ shares))
+def geometric_median(rows: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Return the point of the least weighted sum of distances to whole rows, by Newton's method. For a point that is no row."""
+    z = np.median(rows, axis=0)
+    for _ in range(100):
+        from_z = rows - z
+        distances = np.linalg.norm(from_z, axis=1)
+        units, pulls = from_z / distances[:, None], shares / distances
+        # The Hessian is Σ pulls (1 − u uᵀ), which is inverted in the space of the u (Woodbury).
+        inner = np.linalg.inv(np.diag(1 / pulls) - units @ units.T / pulls.sum())
+        slope = shares @ units
+        step = slope / pulls.sum() + units.T @ (inner @ (units @ slope)) / pulls.sum() ** 2
+        while (shares * np.linalg.norm(rows - z - step, axis=1)).sum() > (shares * distances).sum() * (1 + 1e-15):
+            step /= 2
+        z = z + step
+    return z
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from meshloom.optim.local.config import LocalConfig
 from meshloom.optim.local.rounds import Rounds
 
@@ -30,7 +32,9 @@ def test_what_can_not_be_is_refused_by_key() -> None:
     assert keys(momentum=0.0) == {"optim.local.nesterov"}
     assert keys(dtype="fp8") == {"optim.local.dtype"}
     assert keys(quorum=3) == keys(quorum=0) == {"optim.local.quorum"} and keys(quorum=1) == set()
-    assert keys(aggregate="median") == keys(aggregate="flag") == {"optim.local.aggregate"}  # of two islands
+    assert keys(aggregate="median") == keys(aggregate="geometric_median") == {"optim.local.aggregate"}  # of two islands
+    three = LocalConfig(islands=3, aggregate="geometric_median")
+    assert [bool(replace(three, quorum=quorum).problems()) for quorum in (None, 3, 2)] == [False, False, True]
     assert keys(clip=0.0) == {"optim.local.clip"} and keys(clip=1.0, momentum=0.0, nesterov=False) == {"optim.local.clip"}
     assert keys(lr=0.0) == {"optim.local.lr"}
 

@@ -83,27 +83,29 @@ def test_islands_train_as_models_joined_by_pytorchs_sgd(ranks: int) -> None:
 
 
 SPOILT = Spoilt(island=1, step=2, factor=-30.0)
-FLAG = replace(ROUND, islands=3, aggregate="flag")
+MEDIAN = replace(ROUND, islands=3, aggregate="geometric_median")
 SPOILT_CASES: dict[int, list[tuple[LocalConfig, ParallelConfig]]] = {
-    3: [(FLAG, ALONE), (replace(FLAG, aggregate="mean"), ALONE), (replace(FLAG, fragments=2), ALONE)],
-    6: [(FLAG, ParallelConfig(tp=2, zero=1)), (FLAG, ParallelConfig(zero=0))],
+    3: [(MEDIAN, ALONE), (replace(MEDIAN, aggregate="mean"), ALONE), (replace(MEDIAN, fragments=2), ALONE)],
+    6: [(MEDIAN, ParallelConfig(tp=2, zero=1)), (MEDIAN, ParallelConfig(zero=0))],
 }
 """Number of ranks, in three islands → (method, layout of an island)."""
 
 
 @pytest.mark.parametrize("ranks", SPOILT_CASES)
-def test_an_island_of_wrong_weights_breaks_the_mean_and_not_the_flag(ranks: int) -> None:
-    """The aggregator agrees with one by singular vectors of the whole differences, also where ranks hold parts of them."""
+def test_an_island_of_wrong_weights_breaks_the_mean_and_not_the_median(ranks: int) -> None:
+    """Which is that of the whole differences by Newton's method, also where ranks hold parts of them."""
     works = [replace(WORK, local=local, parallel=parallel, steps=6) for local, parallel in SPOILT_CASES[ranks]]
     results = run_ranks(ranks, trained_islands, works, SPOILT)
-    good = plain_islands(replace(WORK, local=FLAG, steps=6))[0].evaluated
+    good = plain_islands(replace(WORK, local=MEDIAN, steps=6))[0].evaluated
     for at, work in enumerate(works):
         expected = plain_islands(work, spoilt=SPOILT)
-        limit = TOLERANCE if work.local.aggregate == "flag" else 1e-6  # losses of broken weights are ill-conditioned
+        limit = (
+            TOLERANCE if work.local.aggregate == "geometric_median" else 1e-6
+        )  # losses of broken weights are ill-conditioned
         for island, found in (rank[at] for rank in results):
             assert difference(expected[island], found) < limit, work
         worse = expected[0].evaluated / good
-        assert 0.99 < worse < 1.01 if work.local.aggregate == "flag" else worse > 2
+        assert 0.99 < worse < 1.01 if work.local.aggregate == "geometric_median" else worse > 2
 
 
 def test_one_step_of_sgd_averaged_is_synchronous_training() -> None:
