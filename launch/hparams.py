@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -45,7 +47,9 @@ NOTES = """
   batch     global batch in sequences; null: what the step law gives
   loss      the loss to be reached, in nats per token; null: what Chinchilla's law predicts
   multiple  batches are rounded to multiples of this; null: of 8 and the recipe's batch.micro, if that is a number
-  mup_base  width at which muP's hyper-parameters were tuned"""
+  mup_base  width at which muP's hyper-parameters were tuned
+
+`--config-dir DIR`, a folder of further recipes as for `meshloom train`, is the same as config_dir=DIR."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,17 @@ def main(argv: Sequence[str]) -> int:
     """Print the recommendations. Return 0, or 2 for arguments that can't be read."""
     if any(word in ("-h", "--help") for word in argv):
         print(
-            f"usage: meshloom hparams recipe=llama_1b tokens=100B [key=value …]\n\nkeys:\n{describe(HparamsArguments)}\n{NOTES}"
+            "usage: meshloom hparams [--config-dir DIR] recipe=llama_1b tokens=100B [key=value …]\n\n"
+            f"keys:\n{describe(HparamsArguments)}\n{NOTES}"
         )
         return 0
+    parser = argparse.ArgumentParser(prog="meshloom hparams", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir")
+    switches, words = parser.parse_known_args(argv)
+    if switches.config_dir is not None:
+        words.append(f"config_dir={switches.config_dir}")
     try:
-        arguments = parse(HparamsArguments, argv)
+        arguments = parse(HparamsArguments, words)
         found = recommend(arguments)
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -213,9 +223,10 @@ def show(found: Recommendation, arguments: HparamsArguments, console: Console) -
         "power scheduler, arXiv 2408.13359, table 1\nused for PowerLM-3B (m_width 9) and PowerMoE-3B (6)",
     )
     console.print(table)
+    folder = "" if arguments.config_dir is None else f"{shlex.quote(f'--config-dir={arguments.config_dir}')} "
     for name, overrides in (("the step law", found.step_overrides), ("the power schedule", found.power_overrides)):
         console.print(f"\nFor {name}:")
-        console.print(f"meshloom train {base} {' '.join(overrides)}", style="green", highlight=False, markup=False)
+        console.print(f"meshloom train {folder}{base} {' '.join(overrides)}", style="green", highlight=False, markup=False)
         for problem in _unfit([*found.base, *overrides], arguments.config_dir):
             console.print(f"· {problem}", style="yellow", highlight=False, markup=False)
     console.print(f"\nWhat {base} says besides: {found.setting}", highlight=False, markup=False)

@@ -67,13 +67,18 @@ def test_overrides_sit_on_the_recipe_that_is_named() -> None:
     ]
 
 
-def test_a_recipe_of_ones_own_is_built_on(tmp_path: Path) -> None:
+def test_a_recipe_of_ones_own_is_built_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "recipe").mkdir()
     own = "# @package _global_\ndefaults:\n  - /recipe/llama_1b\n  - _self_\nrecipe: mine\nbatch:\n  micro: 3\n"
     (tmp_path / "recipe" / "mine.yaml").write_text(own)
     found = recommend(HparamsArguments(recipe="mine", tokens="100B", config_dir=str(tmp_path)))
     samples = next(int(word.partition("=")[2]) for word in found.step_overrides if word.startswith("batch.samples="))
     assert samples % 24 == 0
+    for words in (["--config-dir", str(tmp_path)], [f"config_dir={tmp_path}"]):
+        assert main([*words, "recipe=mine", "tokens=100B"]) == 0
+        printed = capsys.readouterr().out
+        assert printed.count(f"\nmeshloom train --config-dir={tmp_path} recipe=mine optim.lr=") == 1
+        assert printed.count(f"\nmeshloom train --config-dir={tmp_path} recipe=mine schedule=power") == 1
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
