@@ -48,11 +48,11 @@ def main(argv: list[str]) -> int:
 
     Of a run on several machines the only argument says what this one's part is (`nodes/agent.py`), and torchrun has none.
     """
+    ignore_requests()
+    hush_torch()  # before PyTorch is imported
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    ignore_requests()
-    hush_torch()
     if argv and argv[0].startswith(FLAG):
         from .nodes.agent import run_part
 

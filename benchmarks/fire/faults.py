@@ -64,7 +64,7 @@ class Layout:
     @property
     def apart(self) -> bool:
         """True if a rank that is slow in its passes is told from those that wait for it: without parallelism within them."""
-        return not any(word.startswith(("parallel.tp", "parallel.pp", "parallel.cp")) for word in self.words)
+        return not any(word.startswith(tuple(f"parallel.{axis}=" for axis in ("tp", "pp", "cp", "ep"))) for word in self.words)
 
 
 LAYOUTS = (

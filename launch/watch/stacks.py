@@ -25,15 +25,28 @@ FRAMES = 4
 _OWN = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+)(?: in (?P<name>.+))?')
 _PY_SPY = re.compile(r"^\s+(?P<name>\S.*?) \((?P<file>[^()]+):(?P<line>\d+)\)$")
 _COMPILER = re.compile(r"torch/_dynamo/|torch/_inductor/|/triton/|cutlass|cpp_extension")
-_IDLE = ("subproc_pool.py", "torch/_dynamo/eval_frame.py", "torch/_dynamo/external_utils.py")
-"""Inductor's reader of its workers, and what encloses functions that are not to be compiled, such as FSDP2's."""
+_IDLE = (
+    "subproc_pool.py",  # Inductor's reader of its workers
+    "torch/_dynamo/eval_frame.py",  # encloses compiled functions, and those that are not to be compiled, such as FSDP2's
+    "torch/_dynamo/external_utils.py",
+    "torch/_inductor/output_code.py",  # runs a graph that is compiled
+    "torch/_inductor/utils.py",
+    "torch/_inductor/runtime/triton_heuristics.py",
+    "/triton/runtime/",  # launches a kernel: what compiles it stands in triton/compiler
+    "/triton/backends/nvidia/driver.py",
+    "/triton/backends/amd/driver.py",
+)
+"""Files of compilers that stand in stacks while none compiles: a compiler at work has others besides."""
 _WAITS = re.compile(
     r"\bwait\w*\(|\.item\(\)|\.tolist\(\)|synchronize\(|all_reduce|all_gather|all_to_all|broadcast|barrier|recv\("
 )
 _COLLECTIVES = ("torch/distributed/distributed_c10d.py", "torch/distributed/_functional_collectives.py")
-_SAVING = f"{Path(__file__).parents[2] / 'checkpoint'}{os.sep}"
-_AGREEMENT = "_await_key"
-"""The function of checkpoint/control.py in which the ranks of a save wait for one another."""
+_MESHLOOM = f"{Path(__file__).parents[2]}{os.sep}"
+_SAVING = f"{_MESHLOOM}checkpoint{os.sep}"
+_AGREEMENT = ("control.py", "_await_key")
+"""File and function in which the ranks of a save wait for one another."""
+_WRITING = ("writer.py", "_answer")
+"""File and function in which a save waits for its own writer."""
 
 
 @dataclass(frozen=True)
@@ -108,18 +121,28 @@ def _compiles(text: str) -> bool:
     return any(_COMPILER.search(line) and not any(file in line for file in _IDLE) for line in text.splitlines())
 
 
+def _of_torch(file: str) -> bool:
+    """Return whether a file belongs to PyTorch. Meshloom has folders named torch, too."""
+    return "/torch/" in file and not file.startswith(_MESHLOOM)
+
+
+def _stands_in(text: str, place: tuple[str, str]) -> bool:
+    """Return whether a thread is in this function. place: file and function"""
+    return any(all(word in row for word in place) for row in text.splitlines())
+
+
 def _stack(frames: list[tuple[str, int, str]], source: str, text: str) -> Stack | None:
     """Judge the frames of the main thread, innermost first. text: of all threads."""
     if not frames:
         return None
-    own = [frame for frame in frames[1:] if "/torch/" not in frame[0] and "/multiprocessing/" not in frame[0]]
+    own = [frame for frame in frames[1:] if not _of_torch(frame[0]) and "/multiprocessing/" not in frame[0]]
     told = " < ".join(f"{Path(file).name}:{line} {name}" for file, line, name in [frames[0], *own[: FRAMES - 1]])
     file, line, _ = frames[0]
     waits = "torch/distributed/" in file or bool(_WAITS.search(linecache.getline(file, line)))
-    within = itertools.takewhile(
-        lambda frame: "/torch/" in frame[0], frames
-    )  # tensor parallelism waits in an operator of torch
+    # Tensor parallelism waits in an operator of torch.
+    within = itertools.takewhile(lambda frame: _of_torch(frame[0]), frames)
     waits |= any(frame[0].endswith(_COLLECTIVES) for frame in within)
-    saves = any(frame[0].startswith(_SAVING) for frame in frames)  # a save in the background waits in a thread of its own
-    waits |= saves and any(_AGREEMENT in row and "control.py" in row for row in text.splitlines())
+    # A save in the background waits in a thread of its own. If another save is still written, the others wait for this rank.
+    saves = any(frame[0].startswith(_SAVING) for frame in frames)
+    waits |= saves and _stands_in(text, _AGREEMENT) and not _stands_in(text, _WRITING)
     return Stack(told + source, waits, _compiles(text))

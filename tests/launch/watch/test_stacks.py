@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from meshloom.checkpoint import control
+from meshloom.checkpoint.writing import writer
 from meshloom.launch.watch import stacks
 from meshloom.launch.watch.stacks import parse_own, parse_py_spy, take_stack
 from meshloom.trainer.watch.process import process_state
@@ -97,8 +99,24 @@ def test_who_waits_in_a_save_for_other_ranks_is_told_from_who_writes() -> None:
     for text, waits in ((WAITS_IN_A_SAVE, True), (WAITS_IN_A_SAVE.replace("_await_key", "write"), False)):
         found = parse_own(text)
         assert found is not None and found.collective is waits
+    writes = f'Thread 0x3 (most recent call first):\n  File "{SOURCE}/checkpoint/writing/writer.py", line 145 in _answer\n'
+    behind_another = parse_own(writes + WAITS_IN_A_SAVE)  # an earlier save waits
+    assert behind_another is not None and not behind_another.collective
     trains = parse_own(WAITS_IN_A_SAVE.replace(f"{SOURCE}/checkpoint/saving/save.py", "/src/step.py"))
     assert trains is not None and not trains.collective
+
+
+def test_the_functions_in_which_a_save_waits_are_there() -> None:
+    for module, (file, name) in ((control, stacks._AGREEMENT), (writer, stacks._WRITING)):
+        assert Path(str(module.__file__)).name == file and callable(getattr(module, name))
+
+
+def test_our_own_folder_named_torch_is_shown() -> None:
+    frames = ["/v/torch/nn/functional.py", f"{SOURCE}/parallel/torch/step.py", f"{SOURCE}/trainer/loop.py"]
+    found = parse_own(
+        "Current thread 0x1 (most recent call first):\n" + "".join(f'  File "{f}", line 1 in f\n' for f in frames)
+    )
+    assert found is not None and found.told == "functional.py:1 f < step.py:1 f < loop.py:1 f"
 
 
 def test_an_operator_of_torch_that_waits_is_a_collective() -> None:
@@ -108,6 +126,30 @@ def test_an_operator_of_torch_that_waits_is_a_collective() -> None:
     for order, waits in ((lines, True), ([lines[0], lines[2], lines[1]], False)):
         found = parse_own(f"Current thread 0x1 (most recent call first):\n{''.join(order)}")
         assert found is not None and found.collective is waits
+
+
+RUNS_A_COMPILED_GRAPH = """Current thread 0x1 (most recent call first):
+  File "/v/triton/backends/nvidia/driver.py", line 713 in __call__
+  File "/v/triton/runtime/jit.py", line 756 in run
+  File "/v/torch/_inductor/runtime/triton_heuristics.py", line 1500 in run
+  File "/tmp/torchinductor_me/rb/crb3.py", line 110 in call
+  File "/v/torch/_inductor/utils.py", line 3200 in run
+  File "/v/torch/_inductor/output_code.py", line 763 in __call__
+  File "/v/torch/_functorch/_aot_autograd/runtime_wrappers.py", line 2548 in __call__
+  File "/v/torch/_functorch/aot_autograd.py", line 1277 in forward
+  File "/v/torch/_dynamo/eval_frame.py", line 1446 in _fn
+  File "/v/meshloom/models/decoder.py", line 9 in forward
+"""
+
+
+@pytest.mark.parametrize(
+    ("inner", "compiles"), [("", False), ("torch/_dynamo/convert_frame.py", True), ("triton/compiler/compiler.py", True)]
+)
+def test_a_graph_that_is_compiled_compiles_no_more(inner: str, compiles: bool) -> None:
+    """It may wait for other ranks, or for the device. Its kernels may be compiled at their first call."""
+    head, _, rest = RUNS_A_COMPILED_GRAPH.partition("\n")
+    found = parse_own("\n".join([head, *([f'  File "/v/{inner}", line 1 in f'] if inner else []), rest]))
+    assert found is not None and found.compiles is compiles
 
 
 def test_a_compiler_at_work_is_seen() -> None:
