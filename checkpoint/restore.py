@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,17 +65,34 @@ class RestoreReport:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a run wants of a step.
+
+    fragments     that the step's values go into
+    allow_unused  keys of stored arrays that no rank needs to want, although strict
+    """
+
+    fragments: Sequence[Fragment]
+    allow_unused: Collection[str] = ()
+
+
+Chooser = Callable[[Manifest], Wanted]
+"""Says what is wanted of a step, where that depends on what the step holds. Every rank asks its own."""
+
+
 def restore(
     location: str | Path,
-    fragments: Iterable[Fragment],
+    fragments: Iterable[Fragment] | Chooser,
     control: Control,
     *,
     strict: bool = True,
     timeout: float = 600.0,
     group: ProcessGroup | None = None,
-    may_leave: Callable[[str], bool] = lambda key: False,
 ) -> RestoreReport:
     """Fill the fragments' tensors from a step's folder, or from the newest good step of a folder of checkpoints.
+
+    Where a function chooses the fragments, it is asked anew for each step that is tried.
 
     A version in the memory of keepers that a crashed run left (`checkpoint.memory_every`) counts as a step of the folder.
     `hf:<folder>` is a step whose files have no digests: its values go into the tensors while they are read.
@@ -86,8 +103,6 @@ def restore(
 
     strict: refuse if a fragment has no stored array of its shape, or if a stored array is wanted by no rank. Otherwise
     what fits is restored and the rest is reported. Element types may always differ; the values are converted.
-    may_leave: whether the stored array of a key need not be wanted by any rank, although strict.
-
     group: a process group of the same ranks, with a CPU backend, that nothing else uses meanwhile. With it each byte that
     several ranks need is read by one of them and passed on.
 
@@ -97,29 +112,33 @@ def restore(
     began = time.perf_counter()
     talk = control.begin("restore", timeout)
     try:
-        report = _restore(location, list(fragments), talk, strict, group, may_leave)
+        report = _restore(location, fragments if callable(fragments) else _always(fragments), talk, strict, group)
     finally:
         talk.leave()
     report.seconds = time.perf_counter() - began
     return report
 
 
+def _always(fragments: Iterable[Fragment]) -> Chooser:
+    wanted = Wanted(list(fragments))
+    return lambda _: wanted
+
+
 def _restore(
     location: str | Path,
-    mine: list[Fragment],
+    choose: Chooser,
     talk: Round,
     strict: bool,
     group: ProcessGroup | None,
-    may_leave: Callable[[str], bool],
 ) -> RestoreReport:
     skipped: list[str] = []
     for candidate in _candidates(location, talk):
         match: _Match | None = None
         try:
             step = _open(candidate, location, talk, group)
-            match = _match(step, mine, strict)
+            match = _match(step, choose(step.manifest), strict)
             all_match = group is None or _all_matched(talk, True)
-            answer = _read(match, group, may_leave) if all_match else {"unused": []}  # another rank says why
+            answer = _read(match, group) if all_match else {"unused": []}  # another rank says why
         except DamageError as error:
             answer = {"damaged": [error.file, error.what, error.block]}
         except CheckpointError as error:
@@ -286,13 +305,14 @@ class _Match:
 
     step: _Opened
     report: RestoreReport
+    allow_unused: Collection[str]
     wanted: list[tuple[Fragment, StoredArray]]
     values: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list[tuple[torch.Tensor, torch.Tensor]])
 
 
-def _match(step: _Opened, fragments: Sequence[Fragment], strict: bool) -> _Match:
+def _match(step: _Opened, chosen: Wanted, strict: bool) -> _Match:
     """Check what can be checked without the data."""
-    files, manifest = step.files, step.manifest
+    files, manifest, fragments = step.files, step.manifest, chosen.fragments
     report = RestoreReport(files.label(), manifest.step, manifest.state, manifest.run, manifest.commit)
     wanted: list[tuple[Fragment, StoredArray]] = []
     for fragment in fragments:
@@ -308,10 +328,10 @@ def _match(step: _Opened, fragments: Sequence[Fragment], strict: bool) -> _Match
                 report.converted[fragment.key] = f"{array.dtype} → {live}"
     if strict:
         _refuse_misfits(files, manifest, fragments, report)
-    return _Match(step, report, wanted)
+    return _Match(step, report, chosen.allow_unused, wanted)
 
 
-def _read(match: _Match, group: ProcessGroup | None, may_leave: Callable[[str], bool]) -> dict[str, Any]:
+def _read(match: _Match, group: ProcessGroup | None) -> dict[str, Any]:
     """Read this rank's values into fresh memory, all of them checked. Returns what the others should know.
 
     What has no digests is read into the fragments at once.
@@ -329,8 +349,7 @@ def _read(match: _Match, group: ProcessGroup | None, may_leave: Callable[[str], 
         traffic = reader.traffic
     report.bytes_wanted, report.bytes_read = traffic.wanted, traffic.read
     left = step.manifest.arrays.keys() - {array.key for _, array in wanted}
-    unused = sorted(key for key in left if not may_leave(key))
-    return {"unused": unused, "source": step.files.label()}
+    return {"unused": sorted(left.difference(match.allow_unused)), "source": step.files.label()}
 
 
 def _all_matched(talk: Round, mine: bool) -> bool:

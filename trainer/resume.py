@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from ..checkpoint.restore import RestoreReport, read_state, restore
+from ..checkpoint.manifest import Manifest
+from ..checkpoint.restore import Chooser, RestoreReport, Wanted, read_state, restore
 from ..config.nodes import find_option
 from ..config.problems import ConfigError, Problem
 from ..data.config import OPTIONS
@@ -56,15 +56,8 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
             log.warning("optim: the state of %s is left out, and that of %s begins anew", *change)
     else:
         loop.engine.prepare_restore()
-        saved, strict = saved_islands(stated), config.checkpoint.strict
-        others_lost = config.optim.local.quorum is not None
-        fragments = for_islands_of(loop.engine.fragments(), saved, others_lost=others_lost)
-        present = loop.mesh.layout.islands
-
-        def may_leave(key: str) -> bool:
-            return others_lost and is_of_absent_island(key, present)
-
-        report = _restore(loop.mesh, checkpoint, fragments, run.place, strict=strict, may_leave=may_leave)
+        wanted = _chooser(loop, elastic=config.optim.local.quorum is not None)
+        report = _restore(loop.mesh, checkpoint, wanted, run.place, strict=config.checkpoint.strict)
         _refuse_other_weights(loop.mesh, checkpoint, report)
         _load_counters(loop, report)
     state = report.state
@@ -86,6 +79,21 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
         if own or not hook.of_one_run:
             hook.load_state_dict(state["hooks"].get(name, {}))
     return Origin(report.run, report.step, report.commit, own)
+
+
+def _chooser(loop: Loop, *, elastic: bool) -> Chooser:
+    """Return what says which of the run's arrays a step is read into: steps of one run may be of other islands.
+
+    elastic: whether islands may be lost and come (`optim.local.quorum`), so that a step need not hold all islands of today,
+    nor the run have all islands of the step
+    """
+    mine, present = list(loop.engine.fragments()), loop.mesh.layout.islands
+
+    def choose(manifest: Manifest) -> Wanted:
+        gone = {key for key in manifest.arrays if elastic and is_of_absent_island(key, present)}
+        return Wanted(for_islands_of(mine, saved_islands(manifest.state), elastic=elastic), gone)
+
+    return choose
 
 
 def restore_journal(loop: Loop, checkpoint: Path | str, state: dict[str, Any] | None = None) -> None:
@@ -159,11 +167,10 @@ def _same_rules(state: dict[str, Any], data: DataNode, checkpoint: Path | str) -
 def _restore(
     mesh: Mesh,
     checkpoint: Path | str,
-    fragments: list[Fragment],
+    wanted: Chooser,
     place: Place | None,
     *,
     strict: bool,
-    may_leave: Callable[[str], bool] = lambda key: False,
 ) -> RestoreReport:
     """Restore on all ranks. Each byte is read by one rank, which sends it to others through a temporary process group.
 
@@ -171,9 +178,16 @@ def _restore(
     """
     group = dist.new_group(backend="gloo") if mesh.layout.world_size > 1 else None
     assert not isinstance(group, int), "every process is a member"
+    fragments: list[Fragment] = []
+
+    def choose(manifest: Manifest) -> Wanted:
+        found = wanted(manifest)
+        fragments[:] = found.fragments  # of the step that is tried last: that which is restored
+        return found
+
     try:
         control = build_control(mesh, "restore", place)
-        report = restore(checkpoint, fragments, control, strict=strict, group=group, may_leave=may_leave)
+        report = restore(checkpoint, choose, control, strict=strict, group=group)
     finally:
         if group is not None:
             dist.destroy_process_group(group)
@@ -190,7 +204,7 @@ def restore_weights(engine: Engine, mesh: Mesh, checkpoint: Path | str, place: P
     Raises ConfigError on all ranks if some don't fit.
     """
     weights = [fragment for fragment in engine.fragments() if fragment.role in ("weight", REMAINDER)]
-    report = _restore(mesh, checkpoint, weights, place, strict=False)
+    report = _restore(mesh, checkpoint, lambda _: Wanted(weights), place, strict=False)
     _refuse_other_weights(mesh, checkpoint, report)
     engine.load_counters(engine.counters())
     return report

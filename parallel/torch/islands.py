@@ -327,13 +327,18 @@ def of_first_island(fragment: Fragment, saved_islands: int) -> Fragment:
     return replace(fragment, name=base) if fragment.role == RUN else replace(fragment, role=base)
 
 
-def for_islands_of(fragments: Iterable[Fragment], saved_islands: int, *, others_lost: bool) -> list[Fragment]:
+def for_islands_of(fragments: Iterable[Fragment], saved_islands: int, *, elastic: bool) -> list[Fragment]:
     """Return what a run reads of a checkpoint of so many islands.
 
-    others_lost: whether islands may have come since (`optim.local.quorum`), whose own weights it need not hold
+    elastic: whether islands may have come since (`optim.local.quorum`), whose own weights it need not hold
     """
-    found = [of_first_island(fragment, saved_islands) for fragment in fragments]
-    return [each for each in found if not (others_lost and is_of_absent_island(each.key, saved_islands))]
+    found = [of_first_island(fragment, saved_islands) for fragment in fragments if not _is_later_round(fragment, saved_islands)]
+    return [each for each in found if not (elastic and is_of_absent_island(each.key, saved_islands))]
+
+
+def _is_later_round(fragment: Fragment, saved_islands: int) -> bool:
+    """Return whether a fragment is what an island counts of which a checkpoint has no weights: nothing is known of it."""
+    return (fragment.name, fragment.role) == (ROUND, RUN) and fragment.box.offsets[0] >= saved_islands
 
 
 def is_of_absent_island(key: str, present: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,15 @@ def test_runs_go_on_with_fewer_islands_and_more(tmp_path: Path, whole: Path) -> 
 
 
 def test_a_run_with_a_quorum_goes_on_when_islands_go_and_come(tmp_path: Path, whole: Path) -> None:
-    """Under `checkpoint.strict`, and its checkpoints and metrics say who took part."""
+    """Under `checkpoint.strict`, and its checkpoints and metrics say who took part.
+
+    Where the newest step is damaged, the one before is read with the islands that it has.
+    """
     words = [*ROUNDS, *LATE, "optim.local.quorum=1"]
-    go(1, tmp_path / "one", *words, "trainer.steps=8", f"resume={whole}/checkpoints/step-00000007")
+    shutil.copytree(whole, tmp_path / "one")
+    shutil.rmtree(tmp_path / "one/checkpoints/step-00000010")
+    (tmp_path / "one/metrics.jsonl").unlink()
+    go(1, tmp_path / "one", *words, "trainer.steps=8", "resume=auto")
     go(2, tmp_path / "two", *words, f"resume={tmp_path}/one/checkpoints/step-00000008")
     present = rows(tmp_path / "one", "islands/present") | rows(tmp_path / "two", "islands/present")
     assert present == {8: 1, 9: 2, 10: 2}
@@ -81,6 +88,13 @@ def test_a_run_with_a_quorum_goes_on_when_islands_go_and_come(tmp_path: Path, wh
     assert state["hooks"]["IslandHistory"] == {"since": [[1, 2], [8, 1], [9, 2]]} and state["islands"] == 2
     step = f"{tmp_path}/one/checkpoints/step-00000008"
     assert run_ranks(1, evaluated, step) == [pytest.approx(rows(tmp_path / "one", "eval_loss")[8], rel=1e-9)]
+    for file in Path(step).glob("*.safetensors"):
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    go(2, tmp_path / "one", *words, "resume=auto")
+    for key in ("loss", "eval_loss"):
+        assert rows(tmp_path / "one", key)[10] == pytest.approx(rows(whole, key)[10], rel=1e-9)
 
 
 def test_a_signal_to_one_island_stops_all_where_they_meet(tmp_path: Path) -> None:

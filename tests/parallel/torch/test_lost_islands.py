@@ -12,7 +12,7 @@ from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.folder import step_name
-from meshloom.checkpoint.restore import restore
+from meshloom.checkpoint.restore import Wanted, read_manifest, restore
 from meshloom.data.assignment import Assigner
 from meshloom.data.batch import GlobalBatch
 from meshloom.optim.local.config import LocalConfig
@@ -60,9 +60,10 @@ def stretch(rank: int, world_size: int, folder: Path, number: int) -> list[Curve
         if begin:
             engine.prepare_restore()
             saved = STRETCHES[number - 1][1]
-            fragments = for_islands_of(engine.fragments(), saved, others_lost=True)
+            fragments = for_islands_of(engine.fragments(), saved, elastic=True)
             source = folder / name / step_name(begin)
-            report = restore(source, fragments, control, may_leave=lambda key: is_of_absent_island(key, islands))
+            wanted = Wanted(fragments, {key for key in read_manifest(source).arrays if is_of_absent_island(key, islands)})
+            report = restore(source, lambda _, wanted=wanted: wanted, control)
             engine.load_counters(report.state["counters"])
         losses = take_steps(engine, work, range(begin, STEPS), StopAfter(end)).losses
         checkpointer = Checkpointer(folder / name, control, CheckpointConfig(mode="sync", timeout=60))
