@@ -65,6 +65,7 @@ def train(*words: str, config_dir: str | Path | None = None, **keys: Any) -> Run
     typed = [*words, *override_words(keys)]
     folder_of_recipes = None if config_dir is None else str(config_dir)
     resolved = resolve(typed, RESOLVING, folder_of_recipes)
+    collect_memory()  # of an earlier run of this process, before what is free is asked
     if problems := resolved.problems or start_problems(resolved):
         raise ConfigError(problems)
     stop = StopRequest()
@@ -72,8 +73,10 @@ def train(*words: str, config_dir: str | Path | None = None, **keys: Any) -> Run
     if processes_for_torchrun(resolved.config.launch):
         code = run_by_torchrun(resolved, typed, folder_of_recipes, stop)
     else:
-        code = run(resolved, stop)
-        collect_memory()  # the next run of this process may need it
+        try:
+            code = run(resolved, stop)
+        finally:
+            collect_memory()  # other work of this process may need it
     folder = Path(resolved.config.output_dir)
     if stop.obeyed and stop.number == signal.SIGINT:
         raise KeyboardInterrupt

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from ..config.compose import HYDRA_VERSION, RECIPES, ROOT, Composer, Composition, quoted
+from ..config.compose import HYDRA_VERSION, LAUNCHERS, RECIPES, ROOT, Composer, Composition, quoted
 from ..config.problems import ConfigError, Problem
 from ..config.sweeps import without_output_dir
-from ..trainer.host_memory import host_memory_problems, host_memory_warning
+from ..trainer.host_memory import compare_host_memory
 from ..trainer.launching import LaunchConfig, all_processes, restarts, run_processes, under_torchrun
 from ..trainer.machine import machine_problems, unusable_gpus
 from ..trainer.machine_gpus import machine_here
@@ -131,16 +131,15 @@ def _single(switches: argparse.Namespace, composer: Composer, composition: Compo
 def start_problems(resolved: ResolvedRun) -> list[Problem]:
     """Return what keeps this machine from starting a run without other problems, and warn of what may end it.
 
-    Each process that is started resolves the command line again, but does not ask this: after a restart, the memory of the
-    processes before may not have been given back yet.
+    Each process that is started resolves the command line again, but does not ask this. Memory is not compared where another
+    program started the processes: how many of them are on this machine, and what they may take, is its business.
     """
-    if problems := unusable_gpus(resolved.config):
+    if (problems := unusable_gpus(resolved.config)) or under_torchrun():
         return problems
-    configs = [each.config for each in (resolved, *resolved.then)]
-    problems = [problem for config in configs for problem in host_memory_problems(config)]
-    for warning in dict.fromkeys(filter(None, map(host_memory_warning, configs))):
+    compared = [compare_host_memory(each.config) for each in (resolved, *resolved.then)]
+    for warning in dict.fromkeys(warning for _, warning in compared if warning):
         print(warning, file=sys.stderr)
-    return list(dict.fromkeys(problems))
+    return list(dict.fromkeys(problem for problems, _ in compared for problem in problems))
 
 
 def _refuse_run(error: ConfigError, config: RunConfig) -> int:
@@ -157,14 +156,18 @@ def processes_for_torchrun(launch: LaunchConfig) -> int:
 
 
 def _sweep(switches: argparse.Namespace) -> int:
-    """Run every job of a sweep. All jobs are checked first, and at the end each has a line that says how it went."""
+    """Run every job of a sweep. All jobs are checked first, and at the end each has a line that says how it went.
+
+    A launcher other than Hydra's own may use other machines: only there can a job know what the machine has.
+    """
     from .sweep import run_sweep
 
     composer = make_composer(switches.config_dir)
     problems: list[Problem] = []
+    here = not any(word.startswith(f"{LAUNCHERS}=") and word != f"{LAUNCHERS}=basic" for word in switches.overrides)
     for job in composer.expand(switches.overrides):
         resolved = resolve(job, RESOLVING, switches.config_dir)
-        found = resolved.problems or start_problems(resolved)
+        found = resolved.problems or (start_problems(resolved) if here else ())
         problems += [problem for problem in found if problem not in problems]
     if problems:
         raise ConfigError(problems)
@@ -174,8 +177,8 @@ def _sweep(switches: argparse.Namespace) -> int:
         if stop.obeyed:  # a signal stops the whole sweep
             return None, 0
         resolved = resolve(overrides, RESOLVING, switches.config_dir)
-        if resolved.problems:
-            return refuse(ConfigError(resolved.problems)), 0
+        if found := resolved.problems or (() if here else start_problems(resolved)):
+            return refuse(ConfigError(found)), 0
         code = _run(resolved, overrides, switches.config_dir, stop, None)
         return code, int(stop.number) if stop.obeyed else 0
 

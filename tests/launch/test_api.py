@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,36 @@ def test_a_run_that_was_asked_to_stop_has_not_finished(tmp_path: Path) -> None:
         meshloom.train(*TYPED, hook, output_dir=tmp_path / "run", trainer={"steps": 50})
     assert caught.value.number == signal.SIGUSR1
     assert 2 <= meshloom.Run.open(caught.value.folder).metrics["loss"][0][-1] < 50
+
+
+class Ring:
+    """An object that only a collection frees, as those of a run."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_memory_is_collected_before_it_is_asked_and_after_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rings = [weakref.ref(Ring())]
+    seen: list[bool] = []
+
+    def asked(resolved: object) -> list[object]:
+        seen.append(rings[0]() is None)
+        return []
+
+    def fails(*_: object) -> int:
+        rings.append(weakref.ref(Ring()))
+        raise OSError("lost")
+
+    monkeypatch.setattr("meshloom.launch.train.start_problems", asked)
+    monkeypatch.setattr("meshloom.trainer.run.run", fails)
+    gc.disable()
+    try:
+        with pytest.raises(OSError, match="lost"):
+            meshloom.train(*TYPED, output_dir=tmp_path / "run")
+    finally:
+        gc.enable()
+    assert seen == [True] and rings[1]() is None
 
 
 def test_only_a_main_thread_trains(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -16,7 +17,7 @@ from meshloom.checkpoint.saving.staging_size import rounded
 from meshloom.launch.cli import main
 from meshloom.launch.planning import make_plan
 from meshloom.launch.shortages import shortages
-from meshloom.planner.host import available_memory, free_disk
+from meshloom.planner.host import available_memory, free_disk, memory_limit
 from meshloom.planner.offload import OffloadAccount
 from support.configs import config_of
 from support.ranks import run_ranks
@@ -29,11 +30,16 @@ Files = dict[str, str | int]
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Files], int]:
-    """Return the memory to be had of 64 GiB, in the control groups that /proc names, with these files under /sys/fs/cgroup."""
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 64 * GIB})())
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Files], Path]:
+    """Make the root of a machine of 80 GiB, 64 of them free, with 4 GiB of swap.
 
-    def available(groups: str, files: Files) -> int:
+    It has the control groups that /proc names, with these files under /sys/fs/cgroup.
+    """
+    memory = SimpleNamespace(available=64 * GIB, total=80 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(total=4 * GIB))
+
+    def root_with(groups: str, files: Files) -> Path:
         root = tmp_path / "root"
         shutil.rmtree(root, ignore_errors=True)
         for name, text in {
@@ -42,9 +48,15 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, F
         }.items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(f"{text}\n")
-        return available_memory(root)
+        return root
 
-    return available
+    return root_with
+
+
+@pytest.fixture
+def machine(place: Callable[[str, Files], Path]) -> Callable[[str, Files], int]:
+    """Return the memory to be had of such a machine."""
+    return lambda groups, files: available_memory(place(groups, files))
 
 
 def test_without_a_limit_the_machines_memory_counts(machine: Callable[[str, Files], int], tmp_path: Path) -> None:
@@ -74,6 +86,26 @@ def test_version_1_of_a_container(machine: Callable[[str, Files], int]) -> None:
     }
     assert machine("5:cpu,cpuacct:/x\n4:memory:/docker/abc\n0::/", files) == GIB
     assert machine("4:memory:/", files | {"memory/memory.usage_in_bytes": 20 * GIB}) == 0
+
+
+def test_slabs_that_the_kernel_gives_back_count_as_free(machine: Callable[[str, Files], int]) -> None:
+    """Dentries and inodes, of which reading many files leaves gigabytes (cgroup-v2.rst, slab_reclaimable)."""
+    stat = f"anon {GIB}\nslab_reclaimable {10 * GIB}\nslab_unreclaimable {GIB}"
+    assert machine("0::/", {"memory.max": 16 * GIB, "memory.current": 12 * GIB, "memory.stat": stat}) == 14 * GIB
+
+
+def test_the_limit_is_that_of_the_machine_or_group_with_its_swap(place: Callable[[str, Files], Path]) -> None:
+    assert memory_limit(place("0::/", {})) == 84 * GIB
+    used: Files = {"memory.current": 15 * GIB, "memory.stat": "anon 5"}
+    group = used | {"memory.max": 16 * GIB}
+    for swap, expected in (("max", 20), (GIB, 17), (0, 16), (9 * GIB, 20)):
+        assert memory_limit(place("0::/", group | {"memory.swap.max": swap})) == expected * GIB
+    assert memory_limit(place("0::/", group)) == 20 * GIB, "a kernel that does not limit swap"
+    assert memory_limit(place("0::/", used | {"memory.max": "max"})) == 84 * GIB
+    first = {f"memory/memory.{name}": value for name, value in (("usage_in_bytes", 5), ("stat", "total_rss 5"))}
+    first |= {"memory/memory.limit_in_bytes": 8 * GIB}
+    assert memory_limit(place("4:memory:/", first)) == 12 * GIB
+    assert memory_limit(place("4:memory:/", first | {"memory/memory.memsw.limit_in_bytes": 9 * GIB})) == 9 * GIB
 
 
 def test_free_disk_space_is_that_of_the_nearest_parent_folder(tmp_path: Path) -> None:
