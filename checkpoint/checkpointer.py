@@ -16,7 +16,7 @@ from ..config.problems import ConfigError, Problem
 from ..parallel.fragment import Fragment
 from .config import CheckpointConfig
 from .control import Control, Round
-from .errors import CheckpointError
+from .errors import CheckpointError, SavesFailed
 from .identity import RunIdentity
 from .manifest import state_fault
 from .memory.tier import MemoryTier, Predecessors
@@ -228,7 +228,7 @@ class Checkpointer:
     def poll(self) -> list[SaveReport]:
         """Saves that ended since the last call. A skipped save may be among them before an earlier one that is still written.
 
-        Raises CheckpointError when `config.failures` saves in a row have failed.
+        Raises SavesFailed, with the reports, when `config.failures` saves in a row have failed.
         """
         reports: list[SaveReport] = []
         # The newest is asked first: one that ends meanwhile must not be told before another that it came after. And what
@@ -237,9 +237,10 @@ class Checkpointer:
             reports.append(self._deliver(save))
         if self._failures >= self.config.failures:
             assert self._last_report is not None
-            raise CheckpointError(
+            raise SavesFailed(
                 f"{self._failures} saves in a row failed, the last one at step {self._last_report.step}: "
-                f"{self._last_report.reason}"
+                f"{self._last_report.reason}",
+                reports,
             )
         return reports
 
@@ -257,12 +258,12 @@ class Checkpointer:
     def finish(self) -> list[SaveReport]:
         """Wait for all saves and give back memory and processes. Returns the reports that `poll` has not given yet.
 
-        Raises CheckpointError if the last save failed.
+        Raises SavesFailed, with the reports, if the last save failed.
         """
         reports = self.wait()
         self.close()
         if self._last_report is not None and self._last_report.outcome == "failed":
-            raise CheckpointError(f"the last save, at step {self._last_report.step}, failed: {self._last_report.reason}")
+            raise SavesFailed(f"the last save, at step {self._last_report.step}, failed: {self._last_report.reason}", reports)
         return reports
 
     def close(self) -> None:

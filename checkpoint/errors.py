@@ -1,10 +1,24 @@
-"""The errors that checkpoints raise for users. Imports nothing, so that the writer process stays small."""
+"""The errors that checkpoints raise for users. Imports nothing of ours, so that the writer process stays small."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .report import SaveReport
 
 
 class CheckpointError(RuntimeError):
     """A save, a restore or a tool could not do what was asked; the message says what, where, and what to do."""
+
+
+class SavesFailed(CheckpointError):
+    """Saves have failed, and the run ends for it. reports: of saves that have ended and were not told before."""
+
+    def __init__(self, message: str, reports: Sequence[SaveReport] = ()) -> None:
+        super().__init__(message)
+        self.reports = list(reports)
 
 
 class HeldError(CheckpointError):

@@ -24,7 +24,7 @@ from ..identity import RunIdentity
 from ..manifest import Manifest, data_file_names
 from ..planning.plan import NO_FILE, NOTHING, FileLayout
 from ..planning.planner import DISK_BUSY, FREE, NO_MEMORY
-from ..report import SaveReport
+from ..report import SaveReport, culprit_of
 from ..writing.writer import Request
 from .commit import NO_ROOM, new_token
 from .file_report import FileReport, failure, failure_in, join_reports
@@ -154,6 +154,7 @@ class Save:
             os.strerror(full) in self.report.reason for full in (errno.ENOSPC, errno.EDQUOT)
         ):  # also of the writer's process
             self.report.reason += f"; {NO_ROOM}"
+        self.report.culprit = None if self._doubt else culprit_of(self.report.reason, self.talk.control.rank)
 
     def _end(self) -> None:
         self._release_tensors()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from meshloom.checkpoint.report import SaveReport
+import pytest
+
+from meshloom.checkpoint.report import SaveReport, culprit_of
 from support.checkpoint_runs import open_run
 
 
@@ -43,3 +45,20 @@ def test_saves_are_reported_in_order_once_the_gpu_passed_them(tmp_path: Path) ->
     late.settled = True
     assert [report.step for report in run.poll()] == [3]
     run.close()
+
+
+@pytest.mark.parametrize(
+    ("reason", "culprit"),
+    [
+        ("rank 0: no answer on “files” within 600 s; missing: rank 3", 3),
+        ("rank 2: no answer on “files” within 600 s (checkpoint.timeout); missing: rank 16", 16),
+        ("rank 0: no answer on “files” within 600 s; missing: rank 8, or one that it sends for", None),
+        ("rank 5: no answer on “decision” within 600 s", None),
+        ("rank 3: OSError: no room", 3),
+        ("rank 12 wrote 5 bytes, the plan has 6 for it", 1),  # of its own
+        ("OSError: no room", 1),
+    ],
+)
+def test_the_rank_at_fault_is_the_one_that_is_missing_not_the_one_that_waits(reason: str, culprit: int | None) -> None:
+    report = SaveReport(7, "failed", reason, culprit_of(reason, 1))
+    assert report.culprit == culprit and "checkpoint/culprit" not in report.metrics()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...checkpoint.checkpointer import Checkpointer
-from ...checkpoint.errors import CheckpointError
+from ...checkpoint.errors import SavesFailed
 from ...checkpoint.identity import RunIdentity
 from ...checkpoint.report import SaveReport
 from ...optim.progress import Progress
@@ -116,8 +115,9 @@ class Saving(Hook):
             return
         try:
             self._report(loop, self._checkpointer.poll())
-        except CheckpointError as error:  # saves end on each rank in their own time: the ranks must not stop at different steps
+        except SavesFailed as error:  # saves end on each rank in their own time: the ranks must not stop at different steps
             self.fault = error
+            self._report(loop, error.reports)
 
     def _save(self, loop: Loop, *, disk: bool = True, required: bool = False) -> None:
         loop.mesh.heartbeat.beat(Phase.SAVE)
@@ -152,13 +152,12 @@ class Saving(Hook):
                 hook.on_checkpoint(loop, row)
 
     def _note_failure(self, loop: Loop, report: SaveReport) -> None:
-        """Keep a failed save in the run's incidents: rank 0 does, with the rank that the reason begins with."""
+        """Keep a failed save in the run's incidents: rank 0 does."""
         if not loop.mesh.is_main:
             return
         if self._incidents is None:
             self._incidents = IncidentLog(loop.output_dir)
-        named = re.match(r"rank (\d+): ", report.reason)
-        rank = int(named[1]) if named else None
+        rank = report.culprit
         host, pid = (None, None) if rank is None else find_rank(loop.output_dir, rank)
         message, details = f"saving step {report.step} failed: {report.reason}", {"reason": report.reason}
         self._incidents.write(
@@ -173,15 +172,21 @@ class Saving(Hook):
     def finish(self, loop: Loop) -> None:
         """Save a last time and wait. If that fails on a rank, all raise: a run without its last save has not succeeded.
 
-        Raises CheckpointError where it failed, and PeerFailed on the other ranks.
+        Raises SavesFailed where it failed, and PeerFailed on the other ranks.
         """
         loop.mesh.heartbeat.beat(Phase.SAVE)
         self._report(loop, self._checkpointer.wait())
         if loop.mesh.any(loop.progress.step != self._saved_step):  # not its turn, skipped, or failed
             self._save(loop, required=True)
         loop.mesh.heartbeat.beat(Phase.SAVE)
-        self._report(loop, raise_on_all_ranks(loop.mesh, self._checkpointer.finish))
+        try:
+            self._report(loop, raise_on_all_ranks(loop.mesh, self._checkpointer.finish))
+        except SavesFailed as error:
+            self._report(loop, error.reports)
+            raise
 
     def close(self) -> None:
         """Wait for saves under way, and release memory, processes and the folder's lock."""
         self._checkpointer.close()
+        if self._incidents is not None:
+            self._incidents.retry()

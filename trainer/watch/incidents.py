@@ -78,7 +78,7 @@ class IncidentLog:
             self._append(self._unwritten)
 
     def _append(self, lines: bytes) -> None:
-        self._unwritten = b"\n" + lines.lstrip(b"\n")  # behind a line that a full disk has torn
+        self._unwritten = lines
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -87,6 +87,8 @@ class IncidentLog:
             finally:
                 os.close(descriptor)
             if written < len(lines):
+                whole = lines.rfind(b"\n", 0, written) + 1
+                self._unwritten = b"\n" * (whole < written) + lines[whole:]  # behind a line that a full disk has torn
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._unwritten = b""
         except OSError as error:

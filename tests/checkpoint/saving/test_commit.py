@@ -18,9 +18,10 @@ from meshloom.checkpoint import faults
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
-from meshloom.checkpoint.errors import CheckpointError, DamageError
+from meshloom.checkpoint.errors import CheckpointError, DamageError, SavesFailed
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import find_latest, read_newest, steps_newest_first
+from meshloom.checkpoint.report import SaveReport
 from meshloom.checkpoint.restore import read_manifest, restore
 from meshloom.checkpoint.saving.save import Save
 from meshloom.config.problems import ConfigError
@@ -247,10 +248,11 @@ def test_repeated_or_final_save_failures_fail_the_run(tmp_path: Path) -> None:
     faults.install(broken)
     ranks = fragments(make_arrays(), 1, 0)
     run.save(1, ranks[0], {})
-    assert [report.outcome for report in run.poll()] == ["failed"]
+    assert [(report.outcome, report.culprit) for report in run.poll()] == [("failed", 0)]
     run.save(2, ranks[0], {})
-    with pytest.raises(CheckpointError, match="2 saves in a row failed"):
+    with pytest.raises(SavesFailed, match="2 saves in a row failed") as error:
         run.poll()
+    assert [report.step for report in error.value.reports] == [2]
     with pytest.raises(CheckpointError, match="the last save, at step 2, failed"):
         run.finish()
 
@@ -258,18 +260,18 @@ def test_repeated_or_final_save_failures_fail_the_run(tmp_path: Path) -> None:
 def test_a_silent_rank_ends_the_save_of_the_others_by_time_out(tmp_path: Path) -> None:
     ranks = fragments(make_arrays(), 2, 1)
 
-    def body(control: Control) -> str:
+    def body(control: Control) -> SaveReport:
         run = Checkpointer(tmp_path, control, CheckpointConfig(mode="sync", timeout=0.3))
         if control.rank == 1:
             run.close()
-            return "silent"
+            return SaveReport(1)
         run.save(1, ranks[0], {})
-        reason = run.poll()[0].reason
+        (report,) = run.poll()
         run.close()
-        return reason
+        return report
 
-    reason = together(2, body)[0]
-    assert "missing: rank 1" in reason and "checkpoint.timeout" in reason
+    reason, culprit = (report := together(2, body)[0]).reason, report.culprit
+    assert culprit == 1 and "missing: rank 1" in reason and "checkpoint.timeout" in reason
     assert find_latest(tmp_path) is None
 
 

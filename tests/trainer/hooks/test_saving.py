@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,7 +13,7 @@ import pytest
 
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
-from meshloom.checkpoint.errors import CheckpointError
+from meshloom.checkpoint.errors import CheckpointError, SavesFailed
 from meshloom.checkpoint.report import SaveReport
 from meshloom.parallel.heartbeat import Heartbeat, Phase, read_beat
 from meshloom.trainer.all_ranks import PeerFailed
@@ -110,7 +111,7 @@ class FullDisk(NotedCalls):
 
     def poll(self) -> list[Any]:
         if self._rank == 0 and "confirm 1" in self._calls:
-            raise CheckpointError("3 saves in a row failed")
+            raise SavesFailed("3 saves in a row failed")
         return []
 
 
@@ -190,18 +191,26 @@ def noted_failures(rank: int, world_size: int, folder: Path) -> None:
 
     class Failing(NotedCalls):
         def poll(self) -> list[Any]:
-            return [SaveReport(step=1, reason="rank 1: no room")] if self._calls[-1:] == ["prepare"] else []
+            report = SaveReport(step=1, reason="rank 1: no room", culprit=1)
+            if self._calls[-1:] == ["prepare"]:
+                return [report]
+            if self._calls[-1:] == ["confirm 2"]:
+                raise SavesFailed("3 saves in a row failed", [replace(report, step=2)])
+            return []
 
     os.chdir(folder)  # where the loop of the tests keeps its run
     work = Work(samples=2)
-    take_steps(build(work, world_size), work, range(2), Saving(cast(Checkpointer, Failing("async", [])), 2, {}))
+    with pytest.raises(SavesFailed):
+        take_steps(build(work, world_size), work, range(4), Saving(cast(Checkpointer, Failing("async", [])), 2, {}))
 
 
 def test_a_failed_save_is_an_incident_once(tmp_path: Path) -> None:
+    """Also the one that ends the run."""
     run_ranks(2, noted_failures, tmp_path)
-    (incident,) = read_incidents(tmp_path)
-    assert (incident["kind"], incident["rank"], incident["step"], incident["phase"]) == ("save_failed", 1, 1, "save")
-    assert incident["message"] == "saving step 1 failed: rank 1: no room"
+    for step, incident in enumerate(read_incidents(tmp_path), start=1):
+        assert (incident["kind"], incident["rank"], incident["step"], incident["phase"]) == ("save_failed", 1, step, "save")
+        assert incident["message"] == f"saving step {step} failed: rank 1: no room"
+    assert len(list(read_incidents(tmp_path))) == 2
 
 
 def test_ranks_decide_together_on_the_last_save() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -59,6 +60,24 @@ def test_what_a_full_disk_refused_is_written_later(tmp_path: Path, monkeypatch: 
     log.retry()
     log.write(Incident("save_failed", "two"))
     assert [each["message"] for each in read_incidents(tmp_path)] == ["one", "two"]
+
+
+def test_a_retry_that_is_torn_doubles_no_incident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = IncidentLog(tmp_path)
+    write = os.write
+
+    def full(descriptor: int, line: bytes) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    log.write(Incident("save_failed", "zero"))
+    monkeypatch.setattr(os, "write", full)
+    log.write(Incident("save_failed", "one"))
+    log.write(Incident("save_failed", "two"))
+    monkeypatch.setattr(os, "write", lambda descriptor, line: write(descriptor, line[:-20]))
+    log.retry()
+    monkeypatch.setattr(os, "write", write)
+    log.retry()
+    assert [each["message"] for each in read_incidents(tmp_path)] == ["zero", "one", "two"]
 
 
 def test_another_run_moves_the_file_aside(tmp_path: Path) -> None:
