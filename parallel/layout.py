@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 
 from ..config.problems import ConfigError, Problem
 from ..config.words import counted
+from ..optim.local.config import LocalConfig
 from .config import ParallelConfig
 
 SIZES = ("replicate", "tp", "pp", "cp", "ep", "zero")
@@ -206,6 +207,15 @@ def layout_problems(config: ParallelConfig, world_size: int, islands: int = 1) -
         )
     problems += _expert_size_problems(config, data)
     return problems
+
+
+def island_count(local: LocalConfig, config: ParallelConfig, world_size: int, full: int = 0) -> int:
+    """Return how many islands so many processes make: the first number of `LocalConfig.counts` whose layout is legal.
+
+    full: processes of the run with all of its islands; 0: not known. Where no layout is legal, returns `islands`.
+    """
+    legal = (count for count in local.counts(world_size, full) if not layout_problems(config, world_size, count))
+    return next(legal, local.islands)
 
 
 def _expert_size_problems(config: ParallelConfig, data: int) -> list[Problem]:

@@ -222,6 +222,15 @@ def planned_processes(launch: LaunchConfig) -> int:
     return per_node * launch.most_nodes
 
 
+def full_processes(launch: LaunchConfig, processes: int) -> int:
+    """Return how many processes the run has with all machines of launch.nodes, of which so many are started now.
+
+    0: not known. All processes of a run have to say the same, so machines are taken to be alike.
+    """
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", "1")) if under_torchrun() else launch.most_nodes
+    return processes // machines * launch.most_nodes if launch.most_nodes > 1 and processes % machines == 0 else 0
+
+
 def all_processes(launch: LaunchConfig) -> int:
     """Return the number of processes of a run whose machines are like this one; 0 if `launch.nproc` is not a number."""
     return run_processes(launch) if under_torchrun() else run_processes(launch) * launch.most_nodes

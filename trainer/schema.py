@@ -22,9 +22,10 @@ from ..optim.optimizers.config import OptimConfig
 from ..optim.optimizers.options import OPTIONS as OPTIM_OPTIONS
 from ..optim.schedules import config as schedules
 from ..parallel.config import ParallelConfig
+from ..parallel.layout import island_count
 from .config import TrainerConfig
 from .hooks.loggers.config import LoggingConfig
-from .launching import LaunchConfig
+from .launching import LaunchConfig, full_processes
 from .tasks.config import TasksConfig
 
 if TYPE_CHECKING:
@@ -105,9 +106,8 @@ class RunConfig:
         return [name for name, value in values.items() if isinstance(value, str)]
 
     def islands_on(self, processes: int) -> int:
-        """Return how many islands (`optim.local`) so many processes make."""
-        parallel = self.parallel
-        return self.optim.local.present(processes, max(1, parallel.pp * parallel.cp * parallel.tp))
+        """Return how many islands (`optim.local`) so many processes make. Those of lost machines are not there."""
+        return island_count(self.optim.local, self.parallel, processes, full_processes(self.launch, processes))
 
     @property
     def left_to_plan(self) -> list[str]:

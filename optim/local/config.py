@@ -39,13 +39,14 @@ class LocalConfig:
         """True if the run is one of several islands, be others than one lost."""
         return self.islands > 1
 
-    def present(self, processes: int, smallest: int = 1) -> int:
-        """Return how many islands so many processes make: `islands` if they can, otherwise the most from `quorum` on.
+    def counts(self, processes: int, full: int = 0) -> list[int]:
+        """List the numbers of islands that so many processes may make: first that which keeps their size, then the most.
 
-        smallest: processes of the smallest island. Where nothing fits, returns `islands`, for which the layout is refused.
+        full: processes of the run with all of its islands; 0: not known. Islands so keep to their machines where one is lost.
         """
-        counts = range(self.islands, (self.quorum or self.islands) - 1, -1)
-        return next((count for count in counts if processes % (count * smallest) == 0), self.islands)
+        most_first = list(range(self.islands, self.fewest - 1, -1))
+        of_their_size = processes * self.islands / full if full else 0
+        return sorted(most_first, key=lambda count: count != of_their_size)
 
     @property
     def fewest(self) -> int:

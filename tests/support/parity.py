@@ -41,7 +41,7 @@ from meshloom.parallel.engines import make_engine
 from meshloom.parallel.hybrid.cost import CostModel
 from meshloom.parallel.hybrid.hidden_copies import HiddenCopies
 from meshloom.parallel.hybrid.share import HybridAssigner
-from meshloom.parallel.layout import Layout
+from meshloom.parallel.layout import Layout, island_count
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline.stages import legal_micro_batches
 from meshloom.trainer.config import TrainerConfig
@@ -99,7 +99,7 @@ def sample(index: int, documents: bool = False) -> Sample:
 
 def build(work: Work, world_size: int, measures: bool = False) -> Engine:
     """An engine for this process of a run over `world_size`."""
-    islands = work.local.present(world_size, work.parallel.tp)
+    islands = island_count(work.local, work.parallel, world_size)
     mesh = Mesh.connect(Layout.plan(work.parallel, world_size, islands), torch.device("cpu")).island
 
     def optimizer(parameters: list[NamedParameter], shards: Shards) -> torch.optim.Optimizer:

@@ -39,14 +39,6 @@ def test_what_can_not_be_is_refused_by_key() -> None:
     assert keys(lr=0.0) == {"optim.local.lr"}
 
 
-def test_as_many_islands_as_processes_make_take_part() -> None:
-    """All where they can; otherwise the most down to the quorum, of at least the processes of one model."""
-    four = LocalConfig(islands=4, quorum=2)
-    assert [four.present(processes) for processes in (4, 8, 3, 6, 2, 10)] == [4, 4, 3, 3, 2, 2]
-    assert [four.present(processes, smallest=2) for processes in (8, 6, 4)] == [4, 3, 2]
-    assert LocalConfig(islands=4).present(3) == four.present(1) == four.present(7) == 4  # for which the layout is refused
-
-
 def test_arrays_that_islands_keep_are_counted_for_the_plan() -> None:
     plain = {"momentum": 0.0, "nesterov": False}
     kept = [LocalConfig(islands=2, **more).arrays for more in ({}, plain, {"delay": 1}, {**plain, "delay": 1})]  # type: ignore[arg-type]
