@@ -78,6 +78,11 @@ LINES = [
 ]
 
 
+def with_folder(words: list[str]) -> bool:
+    """Return whether a command line names a folder of recipes, which only its page's own test has."""
+    return any(word.partition("=")[0] == "--config-dir" for word in words)
+
+
 @pytest.mark.parametrize("line", LINES)
 def test_commands_exist_and_their_configs_compose(line: str, tmp_path: Path) -> None:
     _, command, *words = shlex.split(line)
@@ -85,7 +90,7 @@ def test_commands_exist_and_their_configs_compose(line: str, tmp_path: Path) -> 
         return
     assert command in COMMANDS
     refused = "optim.lrr" in line  # the README's own example of a config that is refused
-    if command not in ("train", "plan", "tune", "slurm") or "--config-dir" in words or refused:
+    if command not in ("train", "plan", "tune", "slurm") or with_folder(words) or refused:
         return
     if "submitit" in line:
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs pip install 'meshloom[submitit]'")
@@ -160,8 +165,14 @@ def test_benchmarks_of_the_table_exist() -> None:
 
 def test_the_recipe_of_the_tutorial_composes(tmp_path: Path) -> None:
     write_examples((ROOT / "docs/tutorial.md").read_text(), tmp_path)
-    composed = make_composer(str(tmp_path / "mine")).compose(["recipe=my_1b", "launch.nproc=8", "resume=auto"])
-    assert composed.problems == [] and composed.config.model.vocabulary == 32_000
+    composer = make_composer(str(tmp_path / "mine"))
+    assert composer.compose(["recipe=my_1b"]).config.model.vocabulary == 32_000
+    typed = [shlex.split(line)[1:] for line in command_lines(ROOT / "docs/tutorial.md") if "…" not in line]
+    lines = [words for command, *words in typed if command in ("train", "plan", "slurm") and with_folder(words)]
+    assert len(lines) > 5
+    for words in lines:
+        overrides = [word for word in words if "=" in word and not word.startswith("-") and not is_cluster_word(word)]
+        assert "recipe=my_1b" in overrides and composer.compose(overrides).problems == []
 
 
 def test_what_contributing_shows_trains_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
