@@ -72,19 +72,20 @@ class ComputeTime:
     def waiting(self) -> Generator[None]:
         """Leave out what is done within a `with` block in the passes of a step: waiting for other ranks. Blocks may be nested.
 
-        Elsewhere, as in an evaluation, nothing is left out.
+        Elsewhere, as in an evaluation, nothing is left out. What is usual of a pass is learned with the waiting in it.
         """
-        heartbeat = self._heartbeat
-        phase, micro_batch = heartbeat.phase, heartbeat.micro_batch
+        phase = self._heartbeat.phase
         if phase not in PASSES:
             yield
             return
-        heartbeat.beat(Phase.EXCHANGE, micro_batch)
+        self._heartbeat.interrupt(Phase.EXCHANGE)
         begun = None if self._begun is None else _mark()
-        yield
-        if begun is not None:
-            self._waits.append((begun, _mark()))
-        heartbeat.beat(phase, micro_batch)
+        try:
+            yield
+            if begun is not None:  # not after an error, which may be the device's
+                self._waits.append((begun, _mark()))
+        finally:
+            self._heartbeat.interrupt(phase)
 
     @contextlib.contextmanager
     def ring_waiting(self) -> Generator[None]:
@@ -100,8 +101,10 @@ class ComputeTime:
             self._ring_waits.append((begun, _mark()))
         else:
             began = time.monotonic()
-            yield
-            self._ring_wait += time.monotonic() - began
+            try:
+                yield
+            finally:
+                self._ring_wait += time.monotonic() - began
 
     def newest(self) -> StepWork:
         """Return the work of the newest step that is done; zeros before there is one. Call it once a step."""

@@ -106,7 +106,7 @@ class Heartbeat:
         self._beats = self._step = self._steps_done = 0
         self._ended = [0] * _ROWS
         self._phase, self._micro_batch, self._pid = Phase.START, 0, os.getpid()
-        self._since = self._step_since = time.monotonic()
+        self._since = self._begun = self._step_since = time.monotonic()  # since the last change; since the last `beat`
         self._write(self._since)
 
     def beat(self, phase: Phase, micro_batch: int = 0) -> None:
@@ -115,8 +115,19 @@ class Heartbeat:
         before, seconds = self._phase, now - self._since
         self.totals[before] += seconds
         if before not in TOLD:
-            self._keep(before, seconds)
-        self._phase, self._micro_batch, self._since = phase, micro_batch, now
+            self._keep(before, now - self._begun)
+        self._phase, self._micro_batch, self._since, self._begun = phase, micro_batch, now, now
+        self._write(now)
+
+    def interrupt(self, phase: Phase) -> None:
+        """Be in another phase for a moment within this one. Call it again to return.
+
+        Only the seconds in each are told apart. What is usual of the outer phase is learned from all of it, as it would be
+        without interruption.
+        """
+        now = time.monotonic()
+        self.totals[self._phase] += now - self._since
+        self._phase, self._since = phase, now
         self._write(now)
 
     def go_on(self, phase: Phase) -> None:

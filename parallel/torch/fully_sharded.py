@@ -92,7 +92,6 @@ class FullyShardedWeights(WeightStrategy):
         super().__init__()
         self._group, self._groups = group, groups
         self._zero = mesh.layout.zero
-        self._waiting = mesh.compute_time.waiting
         self._pipelined = parallel.pp > 1
         self._stages: list[Model] = []
         self._units: list[FSDPModule] = []
@@ -152,7 +151,7 @@ class FullyShardedWeights(WeightStrategy):
     def _tell(self, unit: FSDPModule) -> None:
         """Tell FSDP2 how this unit communicates."""
         self._units.append(unit)
-        enclose_waiting(unit, self._waiting)
+        enclose_waiting(unit, self._mesh)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
         if self._cast_to is not None:

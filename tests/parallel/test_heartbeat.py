@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from meshloom.parallel.compute_time import ComputeTime
 from meshloom.parallel.heartbeat import OWN_WORK, RECENT, Heartbeat, Phase, read_beat
 from support.ranks import run_ranks
 
@@ -81,6 +84,27 @@ def test_a_phase_that_goes_on_begins_anew_for_the_watch_only(tmp_path: Path, mon
     clock.now += 5.0
     heartbeat.beat(Phase.HOOKS)
     assert heartbeat.totals[Phase.SAVE] == 55.0
+
+
+def test_waiting_within_a_pass_leaves_the_pass_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    heartbeat = Heartbeat(tmp_path / "beat")
+    compute_time = ComputeTime(torch.device("cpu"), heartbeat)
+    for micro_batch in (1, 2):
+        heartbeat.beat(Phase.FORWARD, micro_batch)
+        for _ in range(3):
+            clock.now += 1.0
+            with contextlib.suppress(RuntimeError), compute_time.waiting():
+                clock.now += 0.5
+                beat = read_beat(tmp_path / "beat")
+                assert beat is not None and (beat.phase, beat.micro_batch) == (Phase.EXCHANGE, micro_batch)
+                raise RuntimeError("a lost peer")
+        beat = read_beat(tmp_path / "beat")
+        assert beat is not None and (beat.phase, beat.since) == (Phase.FORWARD, clock.now)
+    heartbeat.beat(Phase.UPDATE)
+    beat = read_beat(tmp_path / "beat")
+    assert beat is not None and beat.usual[Phase.FORWARD] == 4.5 and Phase.EXCHANGE not in beat.usual
+    assert (heartbeat.totals[Phase.FORWARD], heartbeat.totals[Phase.EXCHANGE]) == (6.0, 3.0)
 
 
 def heartbeat_count(steps: int) -> int:
