@@ -156,7 +156,7 @@ def best_fit(lengths: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int6
     return np.argsort(bin_of, kind="stable"), np.searchsorted(np.sort(bin_of), np.arange(bins + 1))
 
 
-def mapped(path: Path) -> NDArray[Any]:
+def map_array(path: Path) -> NDArray[Any]:
     """Map an array that `np.save` has written. `np.load` would open the file three times, on every rank of a run."""
     with path.open("rb") as file:
         if np.lib.format.read_magic(file) != (1, 0):
@@ -189,7 +189,7 @@ class BestFit:
         kind = "bestfit" if version == 1 else f"bestfit{version}"
         folder = cache / "packings" / f"{kind}-{seq_len}-{shards.fingerprint[:16]}"
         build_once(folder, self._build)
-        self._starts, self._lengths, self._bins = (mapped(folder / f"{name}.npy") for name in ("starts", "lengths", "bins"))
+        self._starts, self._lengths, self._bins = (map_array(folder / f"{name}.npy") for name in ("starts", "lengths", "bins"))
 
     def _build(self, folder: Path) -> None:
         documents = self._shards.document_lengths()

@@ -19,7 +19,7 @@ from ..planner.checkpoint_needs import CheckpointNeeds, checkpoint_needs, descri
 from ..planner.cluster import ClusterConfig
 from ..planner.cost import LayoutCost, drawn
 from ..planner.hybrid import DealtStep, dealt_step
-from ..planner.memory import Job
+from ..planner.memory import Cutter, Job
 from ..planner.network import gradient_levels
 from ..planner.offload import OffloadAccount, describe
 from ..planner.parameters import Inventory
@@ -188,7 +188,7 @@ def plan_of(
         notes.append(_exchange_note(config, cost))
     shares = [rank.experts / rank.elements for rank in cost.ranks]
     needs = checkpoint_needs(config.checkpoint, layout, held, shares)
-    notes += [*describe(away), *describe_needs(needs), *_exchanges(config, layout)]
+    notes += [*describe(away), *describe_needs(needs)]
     notes += [
         "weights, gradients and optimizer state are exact; activations and working memory are estimates, and what CUDA,"
         " NCCL and the allocator take is not in them",
@@ -234,13 +234,22 @@ def time_caveats(config: RunConfig) -> list[str]:
     return [f"what optim={config.optim.name} computes and sends for whole matrices was never held to a measured run"]
 
 
-def _exchanges(config: RunConfig, layout: Layout) -> list[str]:
-    """Say how gradients are exchanged, where that goes over several hosts."""
-    if not config.parallel.exchanges_rows or config.launch.most_nodes == 1 or layout.weight_ranks == 1:
+def exchange_notes(plan: Plan, processes: int, per_host: int) -> list[str]:
+    """Say how dense gradients are exchanged, where the run is on several hosts.
+
+    processes: of the run; per_host: of each host, the same number that the time of a step is predicted with
+    """
+    layout = plan.layout
+    if not plan.parallel.exchanges_rows or processes <= per_host or layout.weight_ranks == 1:
         return []
-    per_host = planned_processes(config.launch) // config.launch.most_nodes
-    levels = gradient_levels(config.parallel, layout, config.precision, per_host)
-    return [f"{describe_exchange(levels)} (parallel.gradient_exchange)"]
+    levels, more = gradient_levels(plan.parallel, layout, per_host), ""
+    if len(levels) > 1:
+        stage = plan.model.stage(range(plan.model.shape.layers), first=True, last=True)
+        largest = max(group.whole for group in Cutter(layout).cut(stage) if not group.experts)
+        # Sums of the first level, sorted by who gets them, and as many of others': see `parallel/torch/exchange.py`.
+        need = 3 * PRECISIONS[plan.job.precision].accum_bytes * largest / levels[0]
+        more = f"; sums that go on take up to {need / 2**30:.3g} GiB on a rank, which are not counted above"
+    return [f"{describe_exchange(levels)} (parallel.gradient_exchange){more}"]
 
 
 def _caveats(parallel: ParallelConfig) -> list[str]:

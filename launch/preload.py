@@ -24,15 +24,20 @@ def _import() -> None:
     """
     import torch.distributed.run  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
-    # Most runs' data and optimizer, too, which their configs name: else every rank would read these modules.
-    from ..data import nodes  # noqa: F401  # pyright: ignore[reportUnusedImport]
-    from ..optim.optimizers import adamw  # noqa: F401  # pyright: ignore[reportUnusedImport]
-    from ..trainer import machine_gpus, run  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    from ..trainer import run  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from . import rank  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 
-with contextlib.suppress(Exception):
-    _import()
+def _import_what_configs_name() -> None:
+    """Import the data and the optimizer of most runs: else every rank would read these modules."""
+    from ..data import nodes  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    from ..optim.optimizers import adamw  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    from ..trainer import machine_gpus  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+
+for load in (_import, _import_what_configs_name):
+    with contextlib.suppress(Exception):
+        load()
 gc.freeze()  # ranks neither collect these objects nor copy their pages
 MAY_FORK = not driver.began()
 """Whether a forked child can use a GPU: the driver has not been initialized here."""

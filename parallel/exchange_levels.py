@@ -3,7 +3,8 @@
 Ranks that share weights (`masters.py`) each sum the rows of the gradient that they update. Exchanged directly, each of n ranks
 sends n − 1 messages, and rows cross the network once for every rank of a host. In levels, the ranks of a host first sum what
 they have for each other rank of their number in other hosts, and only these sums go on. Of n ranks in levels of n₁ × n₂ × …,
-each sends Σ (nᵢ − 1) messages. With L ranks a host, 1/L as many elements cross the network.
+each sends Σ (nᵢ − 1) messages. With L ranks a host, 1/L as many elements cross the network. A sum is at most twice as wide as a
+gradient (fp32 and bf16), so no more bytes cross it where L is two or more.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ PEERS = 32
 """Ranks to which one may send directly where nothing else speaks against it: a connection has buffers of its own."""
 
 
-def neighbours(hosts: Sequence[int]) -> int:
+def block_size(hosts: Sequence[int]) -> int:
     """Return how many ranks the blocks have into which a group can be cut so that none spans two hosts.
 
     hosts: of each rank of the group, in order
@@ -24,18 +25,21 @@ def neighbours(hosts: Sequence[int]) -> int:
     return gcd(*(len(list(run)) for _, run in groupby(hosts)))
 
 
-def exchange_levels(hosts: Sequence[int], kind: str, widening: int) -> tuple[int, ...]:
+def dealt_in_turns(hosts: Sequence[int]) -> bool:
+    """Return whether some host's ranks do not follow each other in the group. hosts: of each rank of the group, in order"""
+    return len([host for host, _ in groupby(hosts)]) > len(set(hosts))
+
+
+def exchange_levels(hosts: Sequence[int], kind: str) -> tuple[int, ...]:
     """Return the size of each level, the innermost first; their product is the group's size.
 
-    Rank p of the group is number p mod n₁ of its innermost block. A number of hosts without suitable factors is one level.
+    Rank p of the group is number p mod n₁ of its innermost block. A number of hosts without suitable factors is one level, and
+    so are hosts to which ranks were dealt in turns: blocks of neighbours would cross the network.
 
     hosts: of each rank of the group, in order; kind: one of GRADIENT_EXCHANGES
-    widening: bytes of an element of a sum over those of a gradient
     """
-    size, here = len(hosts), neighbours(hosts)
-    # Of `here` ranks one sum goes on, `widening` times as wide.
-    spared = here > widening or size > PEERS
-    if here == size or kind == "direct" or (kind == "auto" and not spared):
+    size, here = len(hosts), block_size(hosts)
+    if here == size or kind == "direct" or dealt_in_turns(hosts) or (kind == "auto" and here == 1 and size <= PEERS):
         return (size,)
     if here == 1:
         return _in_two(size)
@@ -53,10 +57,11 @@ def messages(levels: Sequence[int]) -> int:
     return sum(size - 1 for size in levels)
 
 
-def describe(levels: Sequence[int]) -> str:
-    """Describe the exchange in one line, for logs and plans."""
+def describe(levels: Sequence[int], group: str = "dense") -> str:
+    """Describe the exchange in one line, for logs and plans. group: name of the group of parameters (`Mesh.weight_axes`)"""
     way = "directly" if len(levels) == 1 else "in levels"
-    return f"gradients are exchanged {way} among {' × '.join(map(str, levels))} ranks: {messages(levels)} messages a rank"
+    ranks = " × ".join(map(str, levels))
+    return f"gradients ({group}) are exchanged {way} among {ranks} ranks: {messages(levels)} messages a rank"
 
 
 def members(position: int, levels: Sequence[int]) -> list[list[int]]:

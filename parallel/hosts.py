@@ -1,14 +1,10 @@
-"""Which ranks share a host: asked of the machines themselves, not of how they were started."""
+"""Which host a rank is on: asked of the machine itself, not of how ranks were started. Imports no torch."""
 
 from __future__ import annotations
 
 import socket
 import zlib
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 
 def host_name() -> str:
@@ -20,10 +16,6 @@ def host_name() -> str:
     return f"{socket.gethostname()} {boot_id}"
 
 
-def hosts_of(axis: DeviceMesh, device: torch.device) -> list[int]:
-    """Return a number for the host of each rank along an axis, in order: the same for ranks of one host. A collective."""
-    group = axis.get_group()
-    here = torch.tensor([zlib.crc32(host_name().encode())], dtype=torch.int64, device=device)
-    hosts = [torch.empty_like(here) for _ in range(axis.size())]
-    dist.all_gather(hosts, here, group=group)
-    return torch.cat(hosts).tolist()
+def host_code() -> int:
+    """Return a number that is the same on all ranks of this host."""
+    return zlib.crc32(host_name().encode())

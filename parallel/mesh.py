@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .compute_time import ComputeTime
 from .heartbeat import Heartbeat
+from .hosts import host_code
 from .layout import EXPERT_AXES, ISLAND, Layout
 from .open_files import raise_file_limit
 
@@ -88,7 +90,6 @@ class Mesh:
     compute_time    measures this rank's own work
     before_closing  callbacks to run before the process groups are destroyed
     opened          how often each of its stores was opened
-    parted          groups of some ranks of an axis that have been made, by their ranks
     everyone        all of its processes; None: all of the run's
     inner           the mesh of the island, where there are several
     across          the ranks at this rank's place in all islands, in order; their group is gloo's. None: there is one island
@@ -104,7 +105,6 @@ class Mesh:
     compute_time: ComputeTime = field(init=False)
     before_closing: list[Callable[[], object]] = field(default_factory=list)
     opened: Counter[str] = field(default_factory=Counter[str])
-    parted: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict[tuple[int, ...], dist.ProcessGroup])
     everyone: dist.ProcessGroup | None = None
     inner: Mesh | None = None
     across: dist.ProcessGroup | None = None
@@ -218,19 +218,31 @@ class Mesh:
         assert isinstance(group, dist.ProcessGroup)
         return group
 
-    def part_of(self, axis: DeviceMesh, positions: Sequence[int]) -> dist.ProcessGroup:
-        """Return the group of the ranks at some positions along an axis, this one included. It is made once.
+    def subgroups(self, axis: DeviceMesh, parts: Sequence[Sequence[int]]) -> list[dist.ProcessGroup]:
+        """Make a group of the ranks at some positions along an axis, for each list of positions, all with this rank's.
 
-        Only these ranks call it; who is in several of the groups must call it for them in the same order as the others there.
+        Every process must call it, with as many lists, in an order that is the same for all ranks of each group. PyTorch names
+        such a group by its ranks and by the number of groups that the caller is in: where that differs, ranks wait for ever.
         """
         whole = dist.get_process_group_ranks(axis.get_group())
-        ranks = tuple(whole[position] for position in positions)
-        if ranks not in self.parted:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            group = dist.new_group(list(ranks), self.limit, backend, use_local_synchronization=True)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        found: list[dist.ProcessGroup] = []
+        for positions in parts:
+            ranks = [whole[position] for position in positions]
+            group = dist.new_group(ranks, self.limit, backend, use_local_synchronization=True)
             assert isinstance(group, dist.ProcessGroup)
-            self.parted[ranks] = group
-        return self.parted[ranks]
+            found.append(group)
+        return found
+
+    @cached_property
+    def hosts(self) -> list[int]:
+        """A number for the host of each process, by rank: the same for those of one host. At first a collective over all."""
+        return self.codes(host_code())
+
+    def hosts_along(self, axis: DeviceMesh) -> list[int]:
+        """Return the numbers of the hosts along an axis, in order. At first a collective over all processes."""
+        ranks = dist.get_process_group_ranks(axis.get_group())
+        return [self.hosts[rank if self.everyone is None else dist.get_group_rank(self.everyone, rank)] for rank in ranks]
 
     def sum(self, values: torch.Tensor, axis: str | None = None) -> torch.Tensor:
         """Sum over an axis (default: all processes), in place. Does nothing on an axis of size 1."""

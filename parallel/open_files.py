@@ -11,7 +11,9 @@ import resource
 log = logging.getLogger(__name__)
 
 FILES_OF_ITS_OWN = 512  # libraries, data, logs, a checkpoint
-GROUPS = 4  # of all processes, or as many connections in smaller ones: the run's, its axes', one while a checkpoint is restored
+GROUPS = 4
+"""Groups of all processes, or as many connections in smaller ones: the run's, its axes', one while a checkpoint is restored.
+Levels of the gradient exchange (`exchange_levels.py`) connect a rank to far fewer, to 53 of 4,096."""
 
 
 def files_needed(world_size: int) -> int:

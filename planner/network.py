@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from ..config.precision import PRECISIONS
 from ..parallel.config import ParallelConfig
 from ..parallel.exchange_levels import exchange_levels
 from ..parallel.layout import AXES, Layout
@@ -98,8 +97,16 @@ def _node_bytes(cluster: ClusterConfig, reach: int) -> float:
     return slowest * 1e9 / 8
 
 
-def gradient_levels(parallel: ParallelConfig, layout: Layout, precision: str, per_host: int) -> tuple[int, ...]:
-    """Return the levels in which dense gradients are exchanged under ZeRO-1. per_host: ranks on each host."""
-    hosts = [rank // per_host for rank in range(0, layout.weight_ranks * layout.tp, layout.tp)]
-    widening = PRECISIONS[precision].accum_bytes // PRECISIONS[precision].bytes
-    return exchange_levels(hosts, parallel.gradient_exchange, widening)
+def gradient_levels(parallel: ParallelConfig, layout: Layout, per_host: int) -> tuple[int, ...]:
+    """Return the levels in which dense gradients are exchanged under ZeRO-1. per_host: ranks on each host, filled in order.
+
+    Where hosts would cut the groups of ranks that share weights in several ways, the exchange is direct, as in a run.
+    """
+    reach = layout.weight_ranks * layout.tp
+    # What a group's hosts look like depends on where in a host its first rank is.
+    starts = {(first + tensor) % per_host for first in range(0, layout.stage_ranks, reach) for tensor in range(layout.tp)}
+    found = {
+        exchange_levels([rank // per_host for rank in range(start, start + reach, layout.tp)], parallel.gradient_exchange)
+        for start in starts
+    }
+    return found.pop() if len(found) == 1 else (layout.weight_ranks,)

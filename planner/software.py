@@ -19,7 +19,7 @@ class Software:
     tensor_overlap  part of tensor parallelism's exchanges that products hide
     launches    time of launching a block, against compiled blocks
     overlaps    part of a pass beside which gathering and reducing may hide
-    exchanges_rows  whether ranks send each other rows of gradients under ZeRO-1 and sum them; else a reduce-scatter does both
+    sums_received_rows  whether ranks send each other rows of gradients under ZeRO-1 and sum them; else they reduce-scatter
     reduces_late  whether gradients are reduced only after the last backward pass
     """
 
@@ -32,12 +32,12 @@ class Software:
     tensor_overlap: float = 0.0
     launches: float = 1.0
     overlaps: float = 0.9
-    exchanges_rows: bool = False
+    sums_received_rows: bool = False
     reduces_late: bool = False
 
 
-COMPILED = Software(exchanges_rows=True)
+COMPILED = Software(sums_received_rows=True)
 """This program with `trainer.compile`."""
 
-EAGER = Software(exchanges_rows=True, passes=2.2, launches=2.5)
+EAGER = Software(sums_received_rows=True, passes=2.2, launches=2.5)
 """This program without it: each pointwise operation is a kernel of its own."""

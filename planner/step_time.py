@@ -324,7 +324,7 @@ class _Level:
 def _levels(step: Step, rank: RankCost) -> list[_Level]:
     """Return the levels in which ranks exchange gradients; none where they don't, but reduce-scatter or all-reduce them."""
     parallel, layout, precision = step.parallel, step.layout, PRECISIONS[step.job.precision]
-    if not (parallel.exchanges_rows and step.traits.exchanges_rows):
+    if not (parallel.exchanges_rows and step.traits.sums_received_rows):
         return []
     width, elements, stride = (
         _grad(precision.bytes, precision.accum_bytes, step.job.micro_batches),
@@ -332,7 +332,7 @@ def _levels(step: Step, rank: RankCost) -> list[_Level]:
         layout.tp,
     )
     found: list[_Level] = []
-    for size in gradient_levels(parallel, layout, step.job.precision, step.cluster.gpus_per_node):
+    for size in gradient_levels(parallel, layout, step.cluster.gpus_per_node):
         found.append(_Level(size, stride, elements, width))
         # What goes on is a sum, as wide as the masters.
         width, elements, stride = precision.accum_bytes, elements / size, stride * size

@@ -44,7 +44,7 @@ class MasterWeights(WeightStrategy):
         groups: Sequence[ParameterGroup],
         mesh: Mesh,
         transport: Transport,
-        exchanged: Sequence[dist.ProcessGroup],
+        exchange_groups: Sequence[dist.ProcessGroup],
         *,
         compute: torch.dtype,
         accum_dtype: torch.dtype,
@@ -53,13 +53,13 @@ class MasterWeights(WeightStrategy):
     ) -> None:
         """groups: all of the model's; compute: dtype of the whole weights; accum_dtype: of masters and sums of gradients.
 
-        exchanged: groups in which gradients are exchanged, from the innermost outwards
+        exchange_groups: groups in which gradients are exchanged, from the innermost outwards
         masters: one of `trainer.masters`; seed: of their rounding
         """
         super().__init__()
         self._group, self._groups = group, groups
         self._mesh, self._axes, self._transport = mesh, mesh.weight_axes[group.name], transport
-        self._exchanged = exchanged
+        self._exchange_groups = exchange_groups
         self._compute, self._accum_dtype = compute, accum_dtype
         self._kind, self._seed = masters, seed
         self._rounded: RoundedMasters | None = None
@@ -81,7 +81,7 @@ class MasterWeights(WeightStrategy):
                 if not unit.weights:
                     continue
                 weights = [self._add(names[weight], weight) for weight in unit.weights]
-                sent = ExchangeUnit(weights, self._axes, self._transport, self._exchanged)
+                sent = ExchangeUnit(weights, self._axes, self._transport, self._exchange_groups)
                 self.units.append(sent)
                 self._transport.reserve(self._axes.num_shards * sent.padded_numel)
                 for index, parameter in enumerate(unit.weights):

@@ -26,8 +26,7 @@ import torch.distributed as dist
 from torch.cuda import nccl
 
 from ..config import ParallelConfig
-from ..exchange_levels import describe, exchange_levels, members
-from ..hosts import hosts_of
+from ..exchange_levels import dealt_in_turns, describe, exchange_levels, members
 from ..mesh import Mesh, WeightAxes
 
 log = logging.getLogger(__name__)
@@ -221,27 +220,32 @@ def choose_transport(mesh: Mesh, axes: WeightAxes, parallel: ParallelConfig) -> 
     return found
 
 
-def exchange_groups(
-    transport: Transport, mesh: Mesh, axes: WeightAxes, kind: str, widening: int
-) -> Sequence[dist.ProcessGroup]:
+def make_exchange_groups(transport: Transport, mesh: Mesh, name: str, kind: str) -> Sequence[dist.ProcessGroup]:
     """Return the groups in which gradients are exchanged, from the innermost outwards (`exchange_levels.py`).
 
-    A collective over the ranks that share weights. kind: `parallel.gradient_exchange`; widening: as `exchange_levels` takes it
+    Every process must call it. Where hosts cut some ranks' groups otherwise than others', all exchange directly.
+
+    name: of the group of parameters; kind: `parallel.gradient_exchange`
     """
-    if axes.num_shards == 1 or transport.by_copy_engines or kind == "direct":
+    axes = mesh.weight_axes[name]
+    if axes.num_shards == 1 or transport.by_copy_engines:
         return (transport.group,)
-    hosts = hosts_of(axes.shards, mesh.device)
-    levels = exchange_levels(hosts, kind, widening)
-    if mesh.is_main and len(set(hosts)) > 1:
-        log.info("%s", describe(levels))
+    hosts = mesh.hosts_along(axes.shards)
+    levels, why = exchange_levels(hosts, kind), ""
+    if mesh.differ(str(levels)):
+        levels, why = (len(hosts),), ", since hosts do not cut all groups of ranks alike"
+    elif kind != "direct" and dealt_in_turns(hosts):
+        why = ", since the ranks of a host do not follow each other"
+    if mesh.is_main and len(set(mesh.hosts)) > 1:
+        log.info("%s%s", describe(levels, name), why)
     if len(levels) == 1:
         return (transport.group,)
-    return [mesh.part_of(axes.shards, each) for each in members(axes.shards.get_local_rank(), levels)]
+    return mesh.subgroups(axes.shards, members(axes.shards.get_local_rank(), levels))
 
 
 def _supports_copy_engines(mesh: Mesh, axes: WeightAxes) -> bool:
     """Return whether NCCL supports it, and all ranks that share weights are peers on this host."""
-    one_host = len(set(hosts_of(axes.shards, mesh.device))) == 1
+    one_host = len(set(mesh.hosts_along(axes.shards))) == 1
     major, minor = nccl.version()[:2]
     others = [device for device in range(torch.cuda.device_count()) if device != mesh.device.index]
     near = all(torch.cuda.can_device_access_peer(mesh.device, device) for device in others)

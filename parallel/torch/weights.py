@@ -18,7 +18,7 @@ from .fully_sharded import FullyShardedWeights
 from .groups import ParameterGroup
 from .masters import MasterWeights
 from .strategy import LocalWeight, WeightStrategy
-from .transport import choose_transport, exchange_groups
+from .transport import choose_transport, make_exchange_groups
 
 
 def make_strategies(
@@ -32,10 +32,18 @@ def make_strategies(
         if group.fully_sharded:
             assert settings.masters == "full", "FSDP2's masters are its weights (`limits.masters_problems`)"
             return FullyShardedWeights(group, groups, mesh, transport, parallel, compute=settings.compute)
-        dtypes = {"compute": settings.compute, "accum_dtype": settings.storage}
-        widening = settings.storage.itemsize // settings.compute.itemsize
-        exchanged = exchange_groups(transport, mesh, axes, parallel.gradient_exchange, widening)
-        return MasterWeights(group, groups, mesh, transport, exchanged, **dtypes, masters=settings.masters, seed=settings.seed)
+        exchange_groups = make_exchange_groups(transport, mesh, group.name, parallel.gradient_exchange)
+        return MasterWeights(
+            group,
+            groups,
+            mesh,
+            transport,
+            exchange_groups,
+            compute=settings.compute,
+            accum_dtype=settings.storage,
+            masters=settings.masters,
+            seed=settings.seed,
+        )
 
     return [make(group) for group in groups]
 

@@ -152,6 +152,22 @@ def test_nodes_count(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and "16 processes: replicate 2 × shard 8, ZeRO-1" in out
 
 
+def test_says_how_gradients_are_exchanged_between_hosts(capsys: pytest.CaptureFixture[str]) -> None:
+    """The note counts hosts as the predicted time does: by the cluster's GPUs a node where one is named."""
+    nodes = ["launch.nproc=4", "launch.nodes=4"]
+    _, out, _ = planned(capsys, *LLAMA, *nodes)
+    said = " ".join(out.split())
+    assert "gradients (dense) are exchanged in levels among 4 × 4 ranks: 6 messages a rank" in said
+    embedding = 128_256 * 2048  # 3 tensors of fp32, of a fourth of its rows
+    assert f"up to {3 * 4 * embedding / 4 / 2**30:.3g} GiB on a rank" in said
+    _, out, _ = planned(capsys, *LLAMA, *nodes, "cluster=h100x16")
+    assert "in levels among 8 × 2 ranks: 8 messages a rank" in " ".join(out.split())
+    _, out, _ = planned(capsys, *LLAMA, *nodes, "parallel.gradient_exchange=direct")
+    assert "directly among 16 ranks: 15 messages a rank" in " ".join(out.split())
+    _, out, _ = planned(capsys, *LLAMA, "launch.nproc=4")
+    assert "are exchanged" not in out
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "dualpipev"])
 def test_the_drawing_shows_every_action(capsys: pytest.CaptureFixture[str], tmp_path: Path, schedule: str) -> None:
     svg = tmp_path / "out.svg"

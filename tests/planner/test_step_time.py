@@ -19,7 +19,7 @@ from meshloom.planner.cluster import ClusterConfig, Rates, load_cluster
 from meshloom.planner.cost import layout_cost
 from meshloom.planner.kernel_time import HIDDEN, Kernels
 from meshloom.planner.memory import Job, optimizer_bytes
-from meshloom.planner.network import group
+from meshloom.planner.network import gradient_levels, group
 from meshloom.planner.offload import OffloadAccount
 from meshloom.planner.parameters import decoder_inventory
 from meshloom.planner.software import COMPILED
@@ -108,6 +108,18 @@ def test_gradients_cross_the_network_as_their_exchange_says() -> None:
         assert seconds("direct", many) == pytest.approx(width * parameters * 56 / 64 / share, rel=2e-3)
         assert seconds("hierarchical", many) == pytest.approx(4 * parameters / 8 * 7 / 8 / share, rel=2e-3)
         assert seconds("auto", many) == seconds("hierarchical", many)
+
+
+def test_exchange_is_direct_where_hosts_cut_copies_in_several_ways() -> None:
+    """Of four copies on six GPUs each, the first is on one node of eight, and the second on two."""
+
+    def levels(replicate: int, ranks: int) -> tuple[int, ...]:
+        parallel = ParallelConfig(zero=1, replicate=replicate)
+        return gradient_levels(parallel, Layout.plan(parallel, ranks), 8)
+
+    assert levels(4, 24) == (6,)
+    assert levels(2, 24) == (4, 3)  # both have eight on one node and four on another
+    assert levels(2, 32) == (8, 2)
 
 
 def test_checkpoints_cost_what_passes_do_not_hide() -> None:

@@ -52,8 +52,7 @@ def check_others(found: list[dict[str, int]]) -> None:
         assert "corpus.txt" not in each
         assert not any(path.startswith(("cache/tokenizers", "run/config", "run/metrics")) for path in each)
         data = {path: count for path, count in each.items() if path.startswith("cache")}
-        assert max(data.values()) <= 2 and len(data) <= 13, data
-    assert len({tuple(sorted(path for path in each if path.startswith("cache"))) for each in others}) == 1
+        assert max(data.values()) <= 2 and len(data) <= 13 and sum(data.values()) <= 14, data
 
 
 def test_one_rank_of_a_host_asks_for_what_all_need(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -421,7 +422,8 @@ def allowed(rank: int, world_size: int) -> list[bool]:
             patch.setattr(dist, "ProcessGroupNCCL", offered, raising=False)
             if at == 1:
                 patch.setattr(hosts, "host_name", lambda: f"host {rank}")
-            found.append(transport._supports_copy_engines(mesh, mesh.weight_axes["dense"]))
+            anew = replace(mesh)  # asks for hosts again
+            found.append(transport._supports_copy_engines(anew, anew.weight_axes["dense"]))
     return found
 
 
