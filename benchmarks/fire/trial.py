@@ -39,6 +39,7 @@ RECIPE = (
     "trainer.eval_samples=8", f"checkpoint.every={SAVE_EVERY}", "checkpoint.keep=3", "trainer.sample_prompt=null",
     f"trainer.compare_replicas_every={COMPARE_EVERY}", "logging.progress=false", "launch.check=false",
     "parallel.timeout=200",
+    "checkpoint.timeout=120",
 )  # fmt: skip
 PATIENCE = 330.0
 """Seconds after which a run counts as one that hangs, and nobody has ended it."""
