@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -98,18 +98,22 @@ class _BlockingCopy:
 class RowOffload:
     """Keeps the activations of some blocks of a row on the host, as many as `HiddenCopies` says, by copies on another stream.
 
-    A block's originals are freed when the next such block has run, and it is copied back while the one behind it is in its
-    backward pass: of each direction two blocks at most are on the device. All memory there belongs to the stream of the
-    computation, so that a host that runs ahead takes no more of it.
+    A block's originals are freed when the next such block has run, those of the latest one when all blocks have. A block is
+    copied back while the one behind it is in its backward pass, the latest one from the backward pass of the last block but
+    one on. The last two blocks are never chosen: when copying back begins one of them is through, so that n blocks on the
+    host make room for n on the device, in both passes. All memory there belongs to the stream of the computation, so that a
+    host that runs ahead takes no more of it.
     """
 
-    def __init__(self, copies: HiddenCopies, layers: Sequence[int], device: torch.device) -> None:
-        """layers: numbers of the blocks, in the order in which they run."""
+    def __init__(self, copies: HiddenCopies, blocks: Mapping[int, nn.Module], device: torch.device) -> None:
+        """blocks: layer → block, in the order in which they run."""
         self._rule = copies
-        self._place = {layer: place for place, layer in enumerate(layers)}
+        self._place = {layer: place for place, layer in enumerate(blocks)}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._chosen: frozenset[int] = frozenset()
         self._latest: _HiddenCopies | None = None
+        for block, hook in zip(list(blocks.values())[-2:], (self._watch_gradient, self._release_latest), strict=False):
+            block.register_forward_hook(hook)
 
     def begin_row(self, documents: Documents | None) -> None:
         """Choose the blocks of the row that comes."""
@@ -124,16 +128,28 @@ class RowOffload:
         self._latest = _HiddenCopies(self._stream, self._latest)
         return self._latest
 
-    def begin_backward(self) -> None:
-        """Begin to copy back what the backward pass of the row needs first."""
+    def _release_latest(self, *_of_block: object) -> None:
+        """Free the originals of the latest block, once all blocks have run."""
         if self._latest is not None:
             self._latest.release()
+
+    def _watch_gradient(self, _block: nn.Module, _arguments: object, output: object) -> None:
+        """Begin to copy back when the backward pass of the last block but one begins: the last block is then through."""
+        stream = output[0] if isinstance(output, tuple) else output
+        if self._latest is not None and isinstance(stream, torch.Tensor) and stream.requires_grad:
+            stream.register_hook(self._load_latest)
+
+    def _load_latest(self, _gradient: torch.Tensor) -> None:
+        if self._latest is not None:
             self._latest.load()
             self._latest = None
 
 
 class _HiddenCopies:
-    """The copies of one block, on a stream of their own. Without a stream they are made at once."""
+    """The copies of one block, on a stream of their own. Without a stream they are made at once.
+
+    Originals live from `end` to `release`, copies on the host until autograd drops them, and copies back from `load` on.
+    """
 
     def __init__(self, stream: torch.cuda.Stream | None, before: _HiddenCopies | None) -> None:
         """before: those of the block before it whose activations are on the host."""
@@ -165,10 +181,10 @@ class _HiddenCopies:
         self._originals = []
 
     def load(self) -> None:
-        """Begin to copy back what is still needed."""
+        """Begin to copy back what is still needed, in the order in which a backward pass reads it."""
         if not self._loaded:
             self._loaded = True
-            for copy in filter(None, (reference() for reference in self._copies)):
+            for copy in filter(None, (reference() for reference in reversed(self._copies))):
                 copy.load()
 
     def need(self) -> None:
@@ -180,6 +196,8 @@ class _HiddenCopies:
 
 
 class _HiddenCopy:
+    """A tensor's copy on the host, and from `load` on also one on the device."""
+
     def __init__(self, tensor: torch.Tensor, of_block: _HiddenCopies, stream: torch.cuda.Stream | None) -> None:
         self._of_block, self._stream, self._device = of_block, stream, tensor.device
         self._back: torch.Tensor | None = None
@@ -187,22 +205,23 @@ class _HiddenCopy:
         self._host = torch.empty_like(tensor, device="cpu", pin_memory=stream is not None)
         self._move(tensor, self._host)
 
-    def _move(self, source: torch.Tensor, target: torch.Tensor) -> torch.cuda.Event | None:
-        """Copy, on the other stream after what the computation has done so far. Returns the end of it."""
+    def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy, on the other stream after what the computation has done so far."""
         if self._stream is None:
             target.copy_(source)
-            return None
+            return
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-        return _end_of(self._stream)
 
     def load(self) -> None:
         """Begin to copy the tensor back."""
         self._back = torch.empty_like(self._host, device=self._device)
-        self._arrived = self._move(self._host, self._back)
+        self._move(self._host, self._back)
+        self._arrived = None if self._stream is None else _end_of(self._stream)
 
     def fetch(self) -> torch.Tensor:
+        """See `HostCopy`."""
         self._of_block.need()
         assert self._back is not None
         if self._arrived is not None:

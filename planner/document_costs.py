@@ -21,9 +21,17 @@ LENGTHS = (1024, 65536)
 
 
 def document_costs(
-    model: DecoderConfig, parallel: ParallelConfig, layout: Layout, job: Job, cluster: ClusterConfig
+    model: DecoderConfig,
+    parallel: ParallelConfig,
+    layout: Layout,
+    job: Job,
+    cluster: ClusterConfig,
+    *,
+    with_ends: bool = True,
 ) -> CostModel:
-    """Predict the seconds of documents in rows of `job.tokens`, both passes over all layers.
+    """Predict the seconds of documents in rows of `job.tokens`, both passes over all layers, embedding and head included.
+
+    with_ends: False leaves embedding and head out
 
     A block's seconds per token are a + b n for documents of n tokens, so that two lengths tell both. A row costs what its
     kernels' beginnings do. Of a layer with a window both lengths lie inside of it.
@@ -32,7 +40,8 @@ def document_costs(
     quadratic, row = 0.0, 0.0
     windows: defaultdict[int, float] = defaultdict(float)
     ends = ends_time(model, parallel.tp, kernels, job.tokens, first=True, last=True)
-    linear = sum(sum(parts.values()) for parts in (ends.forward, ends.to_input, ends.to_weight)) / job.tokens
+    seconds_of_ends = sum(sum(parts.values()) for parts in (ends.forward, ends.to_input, ends.to_weight))
+    linear = seconds_of_ends / job.tokens if with_ends else 0.0
     known: dict[tuple[int, str], tuple[float, float, float]] = {}
     for block, policy in zip(model.blocks(), job.policies, strict=True):
         if (id(block), policy) not in known:

@@ -6,6 +6,7 @@ of the longest documents most can be offloaded. Imports no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,17 +20,19 @@ FORWARD = 0.28
 class HiddenCopies:
     """What the share depends on.
 
-    costs        seconds of documents, of both passes over all blocks
+    costs        seconds of documents, of both passes over all blocks, without embedding and head
     token_bytes  that all blocks together keep of a token
     rate         bytes per second between the device and its host, in each direction
+    host_bytes   of a row on the host at most
     """
 
     costs: CostModel
     token_bytes: float
     rate: float
+    host_bytes: float = math.inf
 
     def share(self, rings: Sequence[int]) -> float:
-        """Return the share of a row's activations that is copied during its forward pass, in [0, 1].
+        """Return the share of a row's activations that is copied during its forward pass and fits on the host, in [0, 1].
 
         rings: the row's documents, as `context.ring_plan.plan_rings` reads them. Of a shared one a rank has a part of the
         computation, and the same part of the tokens.
@@ -39,12 +42,15 @@ class HiddenCopies:
         parts = [*shared, *((length, 1) for length in rings[2 + 3 * count :])]
         tokens = sum(length / ranks for length, ranks in parts)
         seconds = sum(self.costs.document(length) / ranks for length, ranks in parts)
-        return min(1.0, FORWARD * seconds * self.rate / (tokens * self.token_bytes)) if tokens else 0.0
+        kept = tokens * self.token_bytes
+        return min(1.0, FORWARD * seconds * self.rate / kept, self.host_bytes / kept) if tokens else 0.0
 
     def layers(self, rings: Sequence[int], layers: int) -> frozenset[int]:
-        """Return which of so many blocks keep their activations on the host, spread evenly from the first one on.
+        """Return which of so many blocks keep their activations on the host, spread evenly over all but the last two.
 
-        The copies of one may then take as long as it is to the next.
+        The copies of one may then take as long as it is to the next. Of the last two blocks copies would make no room: they
+        would come back when the device is fullest.
         """
-        count = int(self.share(rings) * layers)
-        return frozenset(number * layers // count for number in range(count))
+        eligible = max(0, layers - 2)
+        count = min(int(self.share(rings) * layers), eligible)
+        return frozenset(number * eligible // count for number in range(count))

@@ -41,6 +41,9 @@ def hybrid_problems(
     if parallel.hdp_offload and not keeps_all:
         text = "it copies what blocks keep, and they are told to keep little"
         yield Problem("parallel.hdp_offload", text, "use false, or trainer.activation=none without a budget")
+    if parallel.hdp_offload and parallel.offload != "none":
+        text = f"both it and parallel.offload={parallel.offload} would fill the one link to the host"
+        yield Problem("parallel.hdp_offload", text, "use false, or parallel.offload=none")
     if masked is False:
         text = "attention crosses documents, so that they can't be dealt apart"
         yield Problem("data.document_mask", text, f"set it to true, {off}")

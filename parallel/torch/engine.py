@@ -67,7 +67,7 @@ class TorchEngine:
         fused = fuses_swiglu(model, mesh, parallel, settings), fuses_experts(model, mesh, parallel, settings)
         offload: RowOffload | None = None
         if settings.hidden_copies is not None:
-            offload = RowOffload(settings.hidden_copies, list(model.block_modules()), mesh.device)
+            offload = RowOffload(settings.hidden_copies, model.block_modules(), mesh.device)
         how = {"fuse_swiglu": fused[0], "fuse_experts": fused[1]}
         for stage in stages.values():
             parallelize_stage(stage, mesh, attention, parallel, settings, **how, offload=offload)

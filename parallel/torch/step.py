@@ -71,8 +71,6 @@ class Accumulation:
                 self._offload.begin_row(micro_batch.documents)
             loss = self._forward(micro_batch)
             self._heartbeat.beat(Phase.BACKWARD, number)
-            if self._offload is not None:
-                self._offload.begin_backward()
             (loss / global_tokens).backward()
             total += loss.detach()
             if number in pauses:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from typing import Any
 
@@ -31,19 +32,33 @@ def test_what_computation_hides_grows_with_the_length() -> None:
 
 def test_blocks_on_the_host_are_spread_evenly() -> None:
     rule = HiddenCopies(CostModel(0.0, 1.0 / FORWARD), token_bytes=1.0, rate=0.0)
-    chosen = [sorted(HiddenCopies(rule.costs, 1.0, rate).layers((1, 0, 8), 8)) for rate in (0.1, 0.3, 0.5, 0.99, 1.0)]
-    assert chosen == [[], [0, 4], [0, 2, 4, 6], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 7]]
+    chosen = [sorted(HiddenCopies(rule.costs, 1.0, rate).layers((1, 0, 8), 8)) for rate in (0.1, 0.2, 0.3, 0.5, 0.99, 1.0)]
+    assert chosen == [[], [0], [0, 3], [0, 1, 3, 4], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
+    assert not HiddenCopies(rule.costs, 1.0, 1.0).layers((1, 0, 8), 2), "the last two blocks stay on the device"
 
 
-def gradients(share: float | None, during: Any = None) -> torch.Tensor:
-    """Of a decoder whose row keeps this share on the host; during: called between both passes."""
+def test_the_host_holds_so_much_of_a_row() -> None:
+    rule = HiddenCopies(CostModel(0.0, 1.0 / FORWARD), token_bytes=1.0, rate=1.0, host_bytes=6.0)
+    assert (rule.share((1, 0, 6)), rule.share((1, 0, 8)), rule.share((1, 0, 4, 4, 4))) == (1.0, 0.75, 0.5)
+
+
+def gradients(
+    share: float | None, during: Any = None, *, watch: Any = lambda _number, _output: None, compiled: bool = False
+) -> torch.Tensor:
+    """Of a decoder whose row keeps this share on the host.
+
+    during: called between both passes; watch: called with each block's number and output
+    """
     torch.manual_seed(0)
     model = decoder(dim=64, layers=LAYERS, heads=4, kv_heads=2, ffn_dim=96, vocabulary=100).double()
     blocks = list(model.layers.values())
     rule = HiddenCopies(CostModel(0.0, 1.0 / FORWARD), 1.0, rate=share or 0.0)
-    offload = RowOffload(rule, range(LAYERS), torch.device("cpu"))
+    for number, block in enumerate(blocks):
+        block.register_forward_hook(lambda _block, _arguments, outputs, at=number: watch(at, outputs[0]))
+    offload = RowOffload(rule, dict(enumerate(blocks)), torch.device("cpu"))
     if share is not None:
-        apply_policies(blocks, ["none"] * LAYERS, hidden=[partial(offload.begin_block, layer) for layer in range(LAYERS)])
+        hidden = [partial(offload.begin_block, layer) for layer in range(LAYERS)]
+        apply_policies(blocks, ["none"] * LAYERS, compiled=compiled, hidden=hidden)
     documents = Documents.of(torch.zeros(1, LENGTH, dtype=torch.int64))._replace(host_rings=torch.tensor([1, 0, LENGTH]))
     found = []
     for _ in range(2):  # rows
@@ -51,7 +66,6 @@ def gradients(share: float | None, during: Any = None) -> torch.Tensor:
         loss = model(TOKENS, TOKENS)
         if during is not None:
             during()
-        offload.begin_backward()
         loss.backward()
         found += [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
     return torch.cat(found)
@@ -79,4 +93,57 @@ def test_each_tensor_is_copied_out_in_one_pass_and_back_in_the_other(monkeypatch
         forward, backward, again = copies[0], copies[1], copies[2]
         assert (backward, again) == (2 * forward, forward)  # the first row's way back, and the second one's out; its way back
         of_share[share] = forward
-    assert of_share[0.0] == 0 and of_share[0.45] == 2 * of_share[0.2] and of_share[1.0] == LAYERS * of_share[0.2]
+    assert of_share[0.0] == 0 and of_share[0.45] == 2 * of_share[0.2] and of_share[1.0] == (LAYERS - 2) * of_share[0.2]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.45, 1.0])
+def test_n_blocks_on_the_host_make_room_for_n(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the forward pass no original is left, and in a backward pass no more is back than others have freed."""
+    monkeypatch.setattr(on_host, "SMALL", 0)
+    originals: list[weakref.ref[torch.Tensor]] = []
+    left: list[int] = []
+    back, began = [0], dict[int, int]()
+    plain_begin, plain_copy = RowOffload.begin_block, torch.Tensor.copy_
+
+    def begin_block(offload: RowOffload, layer: int) -> Any:
+        copies = plain_begin(offload, layer)
+        if copies is not None:
+            end = copies.end
+
+            def record(tensors: Any) -> None:  # between an FFN's products, where nothing else holds a tensor
+                originals.extend(weakref.ref(tensor) for tensor in tensors if tensor.shape == (1, LENGTH, 96))
+                end(tensors)
+
+            monkeypatch.setattr(copies, "end", record)
+        return copies
+
+    def copy(target: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        back[0] += 1
+        return plain_copy(target, source, *args, **kwargs)
+
+    def watch(number: int, output: torch.Tensor) -> None:
+        output.register_hook(lambda _gradient: began.update({number: back[0]}))
+
+    def during() -> None:
+        left.append(sum(original() is not None for original in originals))
+        began.clear()
+        back.append(back[0])
+        back[0] = 0
+
+    monkeypatch.setattr(RowOffload, "begin_block", begin_block)
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    gradients(share, during, watch=watch)
+    assert originals and left == [0, 0]
+    chosen = HiddenCopies(CostModel(0.0, 1.0 / FORWARD), 1.0, rate=share).layers((1, 0, LENGTH), LAYERS)
+    each = back[0] / len(chosen)  # tensors of a block
+    for number in range(LAYERS):
+        until = began[number - 1] if number else back[0]  # what is loaded during the backward pass of this block
+        loaded = until / each - sum(other > number for other in chosen)
+        others = sum(other not in chosen for other in range(number + 1))
+        assert others + loaded <= LAYERS - len(chosen)
+
+
+def test_compiled_blocks_have_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_host, "SMALL", 0)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch.testing.assert_close(gradients(0.45, compiled=True), gradients(None), rtol=0, atol=1e-12)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from meshloom.config.problems import ConfigError
 from meshloom.launch.planning import resolve_plan
 from meshloom.models.config import DecoderConfig
 from meshloom.models.mixture.config import ExpertsConfig
@@ -99,10 +100,21 @@ def test_a_run_keeps_on_the_host_what_the_cluster_hides() -> None:
     layout = Layout(zero=1, shard=4)
     config = resolve_plan([*HYBRID, "launch.nproc=4", "precision=bf16"]).config
     assert hidden_copies(config, layout, SHAPE) is None
-    rule = hidden_copies(replace(config, parallel=replace(config.parallel, hdp_costs="h100", hdp_offload=True)), layout, SHAPE)
+    config = replace(config, parallel=replace(config.parallel, hdp_costs="h100", hdp_offload=True))
+    rule = hidden_copies(config, layout, SHAPE)
     assert rule is not None and rule.rate == H100.host_link * 1e9
     short, long = rule.share((4, 0, 64)), rule.share((4, 1, 131072, 0, 4))
     assert 0.02 < short < 0.3 and 2 * short < long <= 1
+    small = hidden_copies(config, layout, replace(SHAPE, vocabulary=256))
+    assert small is not None and small.costs == rule.costs, "embedding and head hide no copies"
+    assert rule.host_bytes == H100.host_memory * 2**30 / 4 / 4, "4 ranks of a host"
+
+
+def test_a_host_that_holds_no_block_is_refused_by_key() -> None:
+    config = resolve_plan([*HYBRID, "launch.nproc=4", "precision=bf16"]).config
+    parallel = replace(config.parallel, hdp_costs="h100", hdp_offload=True, hdp_tokens=2**30)
+    with pytest.raises(ConfigError, match=r"parallel\.hdp_offload"):
+        hidden_copies(replace(config, parallel=parallel), Layout(zero=1, shard=4), SHAPE)
 
 
 def test_a_cluster_that_is_not_there_is_refused_by_key() -> None:

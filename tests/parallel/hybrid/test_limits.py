@@ -21,6 +21,7 @@ REFUSED = [
     ("model.experts.capacity", {}, {"drops_tokens": True}),
     ("trainer.float8", {}, {"float8": "rowwise"}),
     ("parallel.hdp_offload", {"hdp_costs": "h100", "hdp_offload": True, "pp": 2}, {}),
+    ("parallel.hdp_offload", {"hdp_costs": "h100", "hdp_offload": True, "offload": "cpu"}, {}),
     ("parallel.hdp_offload", {"hdp_costs": "h100", "hdp_offload": True}, {"keeps_all": False}),
 ]
 
