@@ -253,11 +253,16 @@ def _context_exchange(
     kv_width = part.kv_width if isinstance(part, AttentionConfig) else q_width
     if work.parallel.cp_kind == "ulysses":
         return 4 * work.cp.exchange(work.tokens * (q_width + kv_width) / 2 / tp * unit)
-    hop = work.cp.send(work.tokens * 2 * kv_width / tp * unit) * (2 if backward else 1)
-    beside = attention / work.parallel.cp
+    size = work.parallel.cp
+    messages = 2 if backward else 1  # keys, and their gradients
+    if backward and size > work.parallel.ring_direct and part.window is None:
+        # Handed on: of keys three quarters, and N times the whole sum of their gradients in fp32 or wider.
+        messages = 0.75 + max(4, unit) / unit * size / (size - 1)
+    hop = work.cp.send(work.tokens * 2 * kv_width / tp * unit) * messages
+    beside = attention / size
     # Partial results of each hop are put together in memory.
-    merging = kernels.pointwise(4 * 2 * unit * work.tokens * q_width / tp) * (work.parallel.cp - 1) / work.parallel.cp
-    return (work.parallel.cp - 1) * max(0.0, hop - beside) + merging
+    merging = kernels.pointwise(4 * 2 * unit * work.tokens * q_width / tp) * (size - 1) / size
+    return (size - 1) * max(0.0, hop - beside) + merging
 
 
 def _recomputation(block: BlockConfig, work: BlockWork, kernels: Kernels, forward: Parts) -> float:

@@ -2,9 +2,10 @@
 
 In each step a member sends to the one before it what it received in the step before, at first its own keys. The keys of
 member j pass j − 1, …, 0 and then N − 1, …, j + 1. Those first see both of its zig-zag pieces, and these the early one: so a
-span is left out as soon as nobody further on sees it, and keys take no more bytes than if they were sent directly (the other
-way around every message would be whole). Their gradient travels with them, a step behind, and comes home after N steps. It is
-the sum of all members so far, whole and in the sum's dtype: more bytes than direct gradients.
+span is left out as soon as nobody further on sees it, and keys of a document that all hold take no more bytes than if they were
+sent directly (the other way around every message would be whole). Where few hold one, they pass many who don't see them:
+`ring_plan.py` leaves such documents out. The gradient of keys travels with them, a step behind, and comes home after N steps.
+It is the sum of all members so far, whole and in the wider dtype of sums, which is more bytes than direct gradients.
 
 There are no windows here. Through one a member's keys are seen by few others, which may be the last that they pass.
 """

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .blocks import AttentionBlock, Span, blocks_between, place_cut_documents
+from .blocks import AttentionBlock, PlacedPiece, Span, blocks_between, place_cut_documents
 from .hand_on import handed_steps
 from .steps import Receive, Return, Send, Step, direct_steps
 from .zigzag import Piece, cut_document, deal_pieces
@@ -49,13 +50,24 @@ def plan_exchange(pieces: Sequence[Sequence[Piece]], index: int, window: int | N
 
     Pieces of one document lie side by side on a member, ascending.
     window: positions that a query sees, its own included; None: all before it
-    direct: the most members that send keys directly; more than that hand them on. Through a window all send directly
+    direct: the most members of a document that send its keys directly; more than that hand them on, if they are most of the
+    ring: keys that are handed on pass all of it. Through a window all send directly
     """
     placed = place_cut_documents(pieces)
-    hands_on = window is None and len(pieces) > direct
-    steps = handed_steps(placed, index) if hands_on else direct_steps(placed, index, window)
+    members = Counter(document for own in placed for document in {piece.document for piece in own})
+    most = max(direct, len(pieces) // 2)
+    wide = {document for document, count in members.items() if count > most} if window is None else set[int]()
+    steps = direct_steps(_only(placed, wide, inside=False), index, window)
+    if wide:  # first in each exchange: what is handed on names messages by their numbers
+        handed = handed_steps(_only(placed, wide, inside=True), index)
+        steps = [one.followed_by(other) for one, other in zip(handed, steps, strict=True)]
     own_blocks = () if window is None else tuple(blocks_between(placed[index], placed[index], window))
     return RingPlan(_own_lengths(pieces[index], apart=window is not None), tuple(steps), own_blocks)
+
+
+def _only(placed: Sequence[Sequence[PlacedPiece]], documents: set[int], *, inside: bool) -> list[list[PlacedPiece]]:
+    """Keep the pieces of these documents, or of all others."""
+    return [[piece for piece in own if (piece.document in documents) is inside] for own in placed]
 
 
 @lru_cache(maxsize=64)
@@ -111,7 +123,7 @@ class _Place:
         receives = map(self._receive, own.receives)
         sends = map(self._send, own.sends)
         returns = map(self._return, own.returns)
-        return Step((*all_rings.receives, *receives), (*all_rings.sends, *sends), (*all_rings.returns, *returns))
+        return all_rings.followed_by(Step(tuple(receives), tuple(sends), tuple(returns)))
 
     def _receive(self, each: Receive) -> Receive:
         blocks = tuple(_shifted(block, self.at, 0) for block in each.blocks)

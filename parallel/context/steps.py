@@ -80,6 +80,10 @@ class Step:
     sends: tuple[Send, ...] = ()
     returns: tuple[Return, ...] = ()
 
+    def followed_by(self, other: Step) -> Step:
+        """Return one exchange of both, whose messages are in this order."""
+        return Step((*self.receives, *other.receives), (*self.sends, *other.sends), (*self.returns, *other.returns))
+
 
 def length_of(spans: Sequence[Span]) -> int:
     """Return the number of positions in spans."""

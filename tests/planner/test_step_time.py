@@ -92,6 +92,11 @@ def test_what_costs_time_is_a_part_of_its_own() -> None:
     assert step_time(replace(step(ParallelConfig(zero=3)), length=512.0)).parts["attention"] < plain.parts["attention"] / 3
     ring = step_time(step(ParallelConfig(zero=3, cp=8), replace(H100, link=20.0))).parts["context exchange"]
     assert ring > step_time(step(ParallelConfig(zero=3, cp=8))).parts["context exchange"] > 0
+    slow = replace(H100, link=0.01)  # beside messages nothing else counts
+    direct, handed = (
+        step_time(step(ParallelConfig(zero=3, cp=8, ring_direct=most), slow)).parts["context exchange"] for most in (8, 7)
+    )
+    assert handed / direct == pytest.approx((1 + 0.75 + 2 * 8 / 7) / (1 + 2), rel=1e-3), "keys, and a sum in fp32"
 
 
 def test_gradients_cross_the_network_as_their_exchange_says() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
 from typing import Any
 
 import pytest
@@ -396,6 +396,19 @@ def test_neighbours_hand_keys_on(size: int) -> None:
         assert {len(each) for each in peers} == {2 if direct == 1 else size - 1}
         sent[direct] = sum(send.length for plan in plans for step in plan.steps for send in step.sends)
     assert sent[1] == sent[size] == 3 * length * (size - 1) // 4
+
+
+def test_documents_of_few_members_are_sent_directly() -> None:
+    """Of a packed row neighbours share short documents: handed on, their keys would go around the whole ring."""
+    lengths = (700, 150, 40, 90, 20, 60, 30, 110, 24, 56)
+    bounds, size = (0, *accumulate(lengths)), 16
+    held = Counter(document for own in deal_pieces(bounds, bounds[-1], size) for document in {each.document for each in own})
+    assert size in held.values() and any(1 < count < 5 for count in held.values())
+    plans = {direct: [plan_documents(bounds, bounds[-1], size, at, None, direct) for at in range(size)] for direct in (4, size)}
+    sent = {
+        way: sum(send.length for plan in found for step in plan.steps for send in step.sends) for way, found in plans.items()
+    }
+    assert sent[4] == sent[size]
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
