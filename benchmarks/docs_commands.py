@@ -13,6 +13,7 @@ it should.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import json
 import os
@@ -28,6 +29,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[1]
@@ -174,8 +177,10 @@ class Reader:
                 code = process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 code = None
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                _end(process)
+            except BaseException:  # Ctrl-C does not reach the session of its own
+                _end(process)
+                raise
             said.seek(0)
             return Outcome(command, code, time.monotonic() - began, said.read()[-4000:])
 
@@ -211,6 +216,18 @@ class Reader:
         return outcomes
 
 
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a command with its descendants, those in sessions of their own too: an agent's ranks are such."""
+    children: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # it has just ended
+        children = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGKILL)
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()  # not one that has taken over its number: psutil compares the times of their starts
+    process.wait()
+
+
 def row(outcome: Outcome) -> str:
     """Return a line of the table; of a command that did not end as it should, what it said, too."""
     code = "–" if outcome.code is None else str(outcome.code)
@@ -225,7 +242,10 @@ def main() -> int:
     parser.add_argument("documents", nargs="*", help="such as docs/evaluate.md (default: all)")
     parser.add_argument("--list", action="store_true", help="only say what would be run, and why the rest would not")
     arguments = parser.parse_args()
-    commands = [each for each in read_commands() if not arguments.documents or each.document in arguments.documents]
+    commands = read_commands()
+    if unknown := set(arguments.documents) - {each.document for each in commands}:
+        parser.error(f"no commands in {', '.join(sorted(unknown))}: name documents as README.md and docs/evaluate.md")
+    commands = [each for each in commands if not arguments.documents or each.document in arguments.documents]
     if arguments.list:
         for each in commands:
             print(f"{each.document}: {each.typed}\n    {f'not run: {each.why}' if each.why else each.run}")

@@ -88,12 +88,9 @@ def planned_length(config: Mapping[str, Any]) -> tuple[str, int] | None:
 
 
 def reached(metrics: Metrics) -> dict[str, int]:
-    """Return the counters at a run's newest row: steps, tokens and samples."""
-    if not metrics.steps:
-        return {"steps": 0, "tokens": 0, "samples": 0}
-    last = metrics.steps[-1]
-    found = {"steps": last["step"], "tokens": last.get("tokens", 0), "samples": last.get("samples", 0)}
-    if metrics.evaluations:  # with logging.every the last step may have no row of its own
-        row = metrics.evaluations[-1]
-        found["steps"], found["tokens"] = max(found["steps"], row["step"]), max(found["tokens"], row.get("tokens", 0))
-    return found
+    """Return the most that any row of a run has counted: steps, tokens and samples.
+
+    Not of rows of steps alone: with logging.every the last step may have none, and older versions wrote other rows.
+    """
+    counters = {"steps": "step", "tokens": "tokens", "samples": "samples"}
+    return {counter: max((row.get(name, 0) for row in metrics.rows), default=0) for counter, name in counters.items()}

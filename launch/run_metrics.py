@@ -94,14 +94,14 @@ def steps_of(path: Path) -> list[dict[str, Any]]:
     return Metrics.read(path).steps
 
 
-def last_numbers(path: Path) -> dict[str, float]:
-    """Return the last step, loss and validation loss of a metrics file; {} where there is none.
+def last_numbers(metrics: Metrics) -> dict[str, float]:
+    """Return the last step, loss and validation loss of a run; {} where there is none.
 
     Rows have no number that is not finite, so the loss of a step without one is nan, until an evaluation finds a loss again.
     """
     names = ("step", "loss", "eval_loss")
     found: dict[str, float] = {}
-    for row in _rows(path) if path.exists() else ():
+    for row in metrics.rows:
         if "tokens_per_second" in row:
             found["loss"] = math.nan
         elif _is_number(row.get("eval_loss")) and math.isnan(found.get("loss", 0.0)):

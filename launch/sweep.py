@@ -20,7 +20,7 @@ from ..config.problems import ConfigError, Problem
 from ..config.sweeps import job_folder, without_output_dir
 from ..trainer.identity import METRICS
 from ..trainer.schema import register_schemas
-from .run_metrics import last_numbers, shown_numbers
+from .run_metrics import Metrics, last_numbers, shown_numbers
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Outcome:
     def __str__(self) -> str:
         """One row of the table at the end of a sweep: the folder, how it ended, and its last numbers."""
         ended = "not begun" if self.code is None else "finished" if not self.code else f"exit code {self.code}"
-        numbers = last_numbers(Path(self.folder) / METRICS) if self.code is not None else {}
+        numbers = last_numbers(Metrics.read(Path(self.folder) / METRICS)) if self.code is not None else {}
         return "  ".join([self.folder, "asked to stop" if self.stop and not self.code else ended, *shown_numbers(numbers)])
 
 

@@ -11,7 +11,7 @@ from ..config.problems import ConfigError
 from ..trainer.identity import METRICS
 from .ranking import Standing, ranked
 from .run_folder import Run, planned_length, reached
-from .run_metrics import last_numbers, shown_numbers
+from .run_metrics import Metrics, last_numbers, shown_numbers
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,20 +24,24 @@ def main(argv: Sequence[str]) -> int:
 
 def rows(folder: Path) -> list[str]:
     """Return the name and last numbers of each run, the best first: see `ranked`. One below its length says so."""
-    found = [(path.parent, last_numbers(path)) for path in sorted(folder.glob(f"*/{METRICS}"))]
-    left = [_left(run) for run, _ in found]
-    best_first = ranked([_standing(numbers, missing) for (_, numbers), missing in zip(found, left, strict=True)])
-    return ["  ".join(filter(None, [found[at][0].name, *shown_numbers(found[at][1]), left[at]])) for at in best_first]
+    found: list[tuple[str, dict[str, float], str]] = []
+    for run in (Run(path.parent) for path in sorted(folder.glob(f"*/{METRICS}"))):
+        metrics = run.metrics  # read once
+        found.append((run.folder.name, last_numbers(metrics), _left(run, metrics)))
+    best_first = ranked([_standing(numbers, left) for _, numbers, left in found])
+    return [
+        "  ".join(filter(None, [name, *shown_numbers(numbers), left]))
+        for name, numbers, left in (found[at] for at in best_first)
+    ]
 
 
-def _left(folder: Path) -> str:
+def _left(run: Run, metrics: Metrics) -> str:
     """Return how long a run is to be that has not reached its length; "" if it has, or if its folder does not tell."""
-    run = Run(folder)
     try:
         length = planned_length(run.config)
     except ConfigError:
         return ""
-    return "" if length is None or reached(run.metrics)[length[0]] >= length[1] else f"of {length[1]:,} {length[0]}"
+    return "" if length is None or reached(metrics)[length[0]] >= length[1] else f"of {length[1]:,} {length[0]}"
 
 
 def _standing(numbers: Mapping[str, float], left: str) -> Standing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ NOTEBOOK = Path(__file__).parents[1] / "docs" / "tour.ipynb"
 
 def cells(kind: str) -> list[dict[str, Any]]:
     return [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == kind]
+
+
+def digest(sources: list[list[str]]) -> str:
+    """The digest of the code of which a notebook stores the outputs."""
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
 
 
 def test_the_notebook_is_of_format_4_5() -> None:
@@ -36,6 +42,9 @@ def test_the_notebook_shows_the_outputs_of_its_cells() -> None:
     assert any("image/png" in each["data"] for each in outputs["plot"])
     assert "largest relative difference of 40 losses" in json.dumps(outputs["promise"])
     told = json.dumps(list(outputs.values()))
+    ran = json.loads(NOTEBOOK.read_text())["metadata"]["meshloom"]["executed"]
+    now = digest([cell["source"] for cell in executed])
+    assert ran == now, f"a cell has changed: execute the notebook anew, then set metadata.meshloom.executed to {now}"
     assert not any(word in told for word in ("Traceback", '"error"', "/tmp/", "/home/", "/root/"))
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import subprocess
+import time
 import tomllib
 from pathlib import Path
 
+import psutil
 import pytest
 
 from meshloom.benchmarks import docs_commands
@@ -82,3 +86,36 @@ def test_an_end_is_judged_by_its_code_and_its_time(tmp_path: Path, monkeypatch: 
     assert (refused.code, refused.good, row(refused).count("\n")) == (2, True, 0)
     assert (failed.code, failed.good) == (1, False) and row(failed).endswith("why\n")
     assert (hanging.code, hanging.good) == (None, False)
+
+
+def test_a_document_without_commands_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["docs_commands.py", "README.md", "docs/typo.md"])
+    with pytest.raises(SystemExit, match="2"):
+        docs_commands.main()
+    assert "no commands in docs/typo.md" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_no_descendant_outlives_a_command(interrupted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one in a session of its own, as an agent's ranks are; after a time-out and after Ctrl-C."""
+    made, names = subprocess.Popen.wait, tmp_path / "pids"
+    waits: list[int] = []
+
+    def wait(self: subprocess.Popen[str], timeout: float | None = None) -> int:
+        """The first time, wait for both processes to be there in place of the command's end."""
+        waits.append(self.pid)
+        if len(waits) > 1:
+            return made(self, timeout)
+        while not names.exists() or len(names.read_text().split()) < 2:
+            time.sleep(0.01)
+        raise KeyboardInterrupt if interrupted else subprocess.TimeoutExpired("command", 1)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait)
+    typed = f"setsid sleep 600 & echo $! $$ > {names}.part; mv {names}.part {names}; wait"
+    reader = Reader(tmp_path)
+    with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
+        reader.type(Command("page.md", "hangs", typed, False, 0, None), tmp_path)
+    _, alive = psutil.wait_procs(
+        [psutil.Process(int(pid)) for pid in names.read_text().split() if psutil.pid_exists(int(pid))], 10
+    )
+    assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []

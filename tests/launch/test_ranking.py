@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from meshloom.launch.ranking import Standing, compared_losses, ranked
+from meshloom.launch.run_metrics import Metrics
 from meshloom.launch.sweep_results import rows
 from support.run_folders import step_row
 
@@ -51,3 +54,19 @@ def test_the_table_of_a_sweep_reads_lengths_where_the_folders_tell_them(tmp_path
     told = rows(tmp_path)
     assert [row.split()[0] for row in told] == ["c_unreadable", "b_done", "d_short_of_tokens", "a_stopped"]
     assert told[3].endswith("of 9 steps") and told[2].endswith("of 1,000,000,000 tokens") and "of" not in told[1].split()
+
+
+def test_the_table_of_a_sweep_knows_finished_runs_of_older_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose rows had no `tokens_per_second`. Each file is read once."""
+    written = {
+        "a_stopped": [{"step": 2, "loss": 1.0, "tokens": 20}],
+        "b_done": [{"step": 9, "loss": 3.0, "tokens": 90}, {"step": 10, "checkpoint_step": 9}],
+    }
+    for name, found in written.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("trainer: {steps: 9}")
+        (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in found))
+    read, seen = Metrics.read, list[Path]()
+    monkeypatch.setattr(Metrics, "read", lambda path: (seen.append(path), read(path))[1])
+    assert [row.split()[0] for row in rows(tmp_path)] == ["b_done", "a_stopped"]
+    assert len(seen) == 2

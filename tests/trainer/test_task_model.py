@@ -6,6 +6,7 @@ Where lm-eval is not installed, a stand-in of its shape calls the interface (`su
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from meshloom.data.tokenizer import Tokenizer
 from meshloom.models.config import DecoderConfig
 from meshloom.models.decoder import Decoder
+from meshloom.trainer import tasks
 from meshloom.trainer.generation import Sampling, generate_texts
 from support.hf_folder import SIZES
 from support.ranks import run_ranks
@@ -37,11 +39,27 @@ def model() -> Decoder:
     return Decoder(DecoderConfig.of({**SIZES, "vocabulary": 257})).double()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_is_left() -> Iterator[None]:
+    """Later tests of the process find no interface that is built on the stand-in."""
+    yield
+    assert "meshloom.trainer.tasks.language_model" not in sys.modules and "language_model" not in vars(tasks)
+
+
 @pytest.fixture(autouse=True)
-def _lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+def _lm_eval(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put the stand-in in the place of lm-eval, for these tests alone: also out of the module that is built on it."""
     for name, module in harness().items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "meshloom.trainer.tasks.language_model", raising=False)
+    _forget_interface()
+    yield
+    _forget_interface()
+
+
+def _forget_interface() -> None:
+    """Let the next import of the model interface look for lm-eval anew."""
+    sys.modules.pop("meshloom.trainer.tasks.language_model", None)
+    vars(tasks).pop("language_model", None)
 
 
 def answers(rank: int, world_size: int) -> Answers:
