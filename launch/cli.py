@@ -6,6 +6,8 @@ import atexit
 import difflib
 import gc
 import importlib
+import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -40,8 +42,37 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand. Return its exit code; 2 for an unknown command, 130 for one that Ctrl-C ended."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run a subcommand. Return its exit code: 2 for an unknown command, 128 + a signal's number as a shell gives it.
+
+    That is 130 for a command that Ctrl-C ended, and 141 where the reader of its output has left, as `head` does.
+    """
+    try:
+        try:
+            code = _run(list(sys.argv[1:] if argv is None else argv))
+        except SystemExit:  # of a parser, which has printed a help text
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _reader_has_left():  # a pipe to another process is broken, which is a fault
+            raise
+        return 128 + signal.SIGPIPE
+
+
+def _reader_has_left() -> bool:
+    """Return whether nobody reads what is printed. Python then flushes it to nowhere at its end, in place of a message."""
+    asked = select.poll()
+    asked.register(sys.stdout, 0)  # an error is told unasked
+    if not asked.poll(0):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return True
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if arguments else 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import signal
 import subprocess
@@ -129,6 +130,38 @@ def test_every_listed_command_exists(capsys: pytest.CaptureFixture[str]) -> None
 def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
     assert "did you mean train?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["short", "long" * 10**5])
+def test_a_reader_that_leaves_ends_a_command_without_a_traceback(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `meshloom keys | head` does. A short text is written only at the end."""
+
+    def says(rest: list[str]) -> int:
+        print(text)
+        if rest:
+            raise SystemExit(0)
+        return 0
+
+    monkeypatch.setattr("meshloom.launch.keys.main", says)
+    for words in (["keys"], ["keys", "--help"]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        with os.fdopen(writing, "w") as output, monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", output)
+            assert cli.main(words) == 141
+
+
+def test_another_broken_pipe_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(rest: list[str]) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("meshloom.launch.keys.main", fails)
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as output, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", output)
+        with pytest.raises(BrokenPipeError):
+            cli.main(["keys"])
+    os.close(reading)
 
 
 def test_cfg_prints_the_config(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
