@@ -9,6 +9,7 @@ from ..config.nodes import Custom
 from ..config.precision import PRECISIONS
 from ..config.problems import ConfigError, Problem
 from ..optim.build import build_controller
+from ..optim.local.rounds import Rounds
 from ..optim.optimizers.matrix_config import MatrixOptimConfig
 from ..optim.progress import Progress
 from ..parallel.config import ParallelConfig
@@ -185,7 +186,7 @@ def plan_of(
         ranks = [replace(rank, flops=rank.flops * dealt.filled) for rank in cost.ranks]
         cost = replace(cost, ranks=ranks, model_flops=cost.model_flops * dealt.filled)
     if config.optim.local.active:
-        notes.append(_exchange_note(config, cost))
+        notes.append(_exchange_note(config, cost, model))
     shares = [rank.experts / rank.elements for rank in cost.ranks]
     needs = checkpoint_needs(config.checkpoint, layout, held, shares)
     notes += [*describe(away), *describe_needs(needs)]
@@ -197,12 +198,15 @@ def plan_of(
     return Plan(model, parallel, layout, job, drawn(cost, model.shape, parallel, job), away, needs, samples, notes, dealt)
 
 
-def _exchange_note(config: RunConfig, cost: LayoutCost) -> str:
+def _exchange_note(config: RunConfig, cost: LayoutCost, model: Inventory) -> str:
     """Say what an exchange between islands needs: differences, and all of them in one buffer, of a fragment's elements."""
     local, rank = config.optim.local, cost.ranks[0]
     arrays = 1 if local.delay else 2
-    need = arrays * rank.elements * PRECISIONS[config.precision].accum_bytes
-    at_most = "at most, of its largest fragment" if local.fragments > 1 else "of all weights that it updates"
+    sizes = {each.name: each.numel for each in model.parameters}
+    fragments = Rounds(local).split({each.name: each.layer for each in model.parameters})
+    largest = max(sum(sizes[name] for name in names) for names in fragments) / sum(sizes.values())
+    need = arrays * largest * rank.elements * PRECISIONS[config.precision].accum_bytes
+    at_most = "for its largest fragment" if local.fragments > 1 else "of all weights that it updates"
     return (
         f"optim.local: an exchange takes {need / 2**30:.3g} GiB more on a rank ({at_most}), between steps, when no activations"
         " are there"

@@ -36,9 +36,9 @@ def start_summary(config: RunConfig, run: Run) -> Iterator[str]:
     if (local := config.optim.local).active:
         size, turns = loop.island.layout.island_ranks, f" in {local.fragments} turns" if local.fragments > 1 else ""
         present = loop.mesh.layout.islands
-        told = f"{present} of {local.islands}" if present < local.islands else f"{present}"
+        count = f"{present} of {local.islands}" if present < local.islands else f"{present}"
         yield (
-            f"{told} islands of {counted(size, 'process')}, which join what they have learned every"
+            f"{count} islands of {counted(size, 'process')}, which join what they have learned every"
             f" {local.inner_steps} steps{turns} (optim.local); the loss of steps is the first island's"
         )
     if not loop.engine.masks_updates:

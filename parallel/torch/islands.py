@@ -26,7 +26,7 @@ from ...optim.optimizers.own_arrays import RUN
 from ..box import Box
 from ..fragment import Fragment
 from ..mesh import Mesh
-from .travel import Flight, GramSum, Route, Said
+from .travel import Flight, GramSum, Header, Route
 from .weights import Weights
 
 OUTER_MOMENTUM, DIFFERENCE, ISLAND_WEIGHT, ROUND = "outer_momentum", "difference", "island_weight", "islands.round"
@@ -178,10 +178,12 @@ class Islands:
 
     def _send(self, turn: Turn, leaving: list[torch.Tensor], step: int, *, stop: bool, last: bool) -> None:
         due = step if last else step + self.config.delay
-        tokens, loss = float(self._tokens_since(turn)), _sum_since(self._losses, turn.sent_at)
-        said = Said(tokens, stop, float(loss), tokens - turn.before)
+        tokens = float(self._tokens_since(turn))
+        header = Header(tokens, stop)
+        if turn is self.turns[0]:  # or a step's loss would be in the rounds of several fragments
+            header = replace(header, loss=float(_sum_since(self._losses, turn.sent_at)), loss_tokens=tokens - turn.before)
         turn.sent_at, turn.before = step, 0.0
-        turn.flight = turn.route.send(leaving, due, said)
+        turn.flight = turn.route.send(leaving, due, header)
 
     def _arrive(self, turn: Turn) -> bool:
         assert turn.flight is not None
@@ -260,11 +262,11 @@ class Islands:
         """
         if not self._begun:
             return  # what is there is what a checkpoint has been read into, if one has
-        told: list[torch.Tensor | float] = [_KNOWN]
+        counts: list[torch.Tensor | float] = [_KNOWN]
         for turn in self.turns:
-            told.append(self._tokens_since(turn))
-            told += [0.0, 0.0] if turn.flight is None else [turn.flight.due, turn.flight.tokens]
-        for place, number in zip(self._round[0], told, strict=True):  # one by one: the host does not wait for the device
+            counts.append(self._tokens_since(turn))
+            counts += [0.0, 0.0] if turn.flight is None else [turn.flight.due, turn.flight.tokens]
+        for place, number in zip(self._round[0], counts, strict=True):  # one by one: the host does not wait for the device
             place.copy_(number) if isinstance(number, torch.Tensor) else place.fill_(number)
 
     def prepare_restore(self) -> None:
@@ -282,30 +284,30 @@ class Islands:
         them do where it holds weights alone, or is of a run with another `islands`.
         """
         self._absent.fill_(_UNKNOWN)
-        told = self._rounds_told()
-        mine = told[self.mesh.island_number]
+        rounds = self._gather_rounds()
+        mine = rounds[self.mesh.island_number]
         known = mine[0] == _KNOWN
         for number, turn in enumerate(self.turns):
             tokens, _, sent = mine[1 + 3 * number :][:3] if known else (0.0, 0.0, 0.0)
-            due = max([row[2 + 3 * number] for row in told if row[0] == _KNOWN], default=0.0)
+            due = max([row[2 + 3 * number] for row in rounds if row[0] == _KNOWN], default=0.0)
             turn.before, turn.sent_at = tokens, 0
             if not known:
                 _copy(turn.own, turn.outer)
                 for each in turn.difference:
                     each.zero_()
             on_the_way = due and self.config.delay
-            turn.flight = turn.route.send(turn.difference, round(due), Said(sent)) if on_the_way else None
+            turn.flight = turn.route.send(turn.difference, round(due), Header(sent)) if on_the_way else None
         self._tokens.clear()
         self._losses.clear()
         self._begun = True
 
-    def _rounds_told(self) -> list[list[float]]:
+    def _gather_rounds(self) -> list[list[float]]:
         """Return what each island that is present has restored of its round."""
-        told = self._round.cpu()
+        mine = self._round.cpu()
         if self.mesh.across is None:
-            return told.tolist()
-        rows = torch.empty(self.present, told.shape[1], dtype=told.dtype)
-        dist.all_gather(list(rows.split(1)), told, self.mesh.across)
+            return mine.tolist()
+        rows = torch.empty(self.present, mine.shape[1], dtype=mine.dtype)
+        dist.all_gather(list(rows.split(1)), mine, self.mesh.across)
         return rows.tolist()
 
     def finish(self) -> None:

@@ -29,8 +29,8 @@ _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Said:
-    """What an island says with its differences.
+class Header:
+    """What an island sends ahead of its differences.
 
     tokens       that it has learned them from
     stop         whether it wants the run to stop
@@ -47,13 +47,23 @@ class Said:
         return torch.tensor([[self.tokens, float(self.stop), self.loss, self.loss_tokens]], dtype=torch.float64)
 
 
+def mean_loss(headers_K4: torch.Tensor) -> float | None:
+    """Return the mean loss of all islands' tokens; None if there are none.
+
+    An island whose loss is no number is left out, so that it does not hide those of the others.
+    """
+    loss, tokens = headers_K4[headers_K4[:, 2].isfinite(), 2:].sum(0).tolist()
+    return loss / tokens if tokens else None
+
+
 @dataclass
 class Flight:
     """Differences under way.
 
     due     the step after which their mean is used
     tokens  that this island has learned them from
-    loss    the mean loss of all islands' tokens in the steps in which they learned them; None: not known
+    loss    the mean loss of all islands' tokens in the steps in which they learned them, but for islands whose loss is no
+            number; None: not known
     """
 
     due: int
@@ -135,7 +145,7 @@ class Route:
             self._counts = spread.view(copies.size(), self._islands, self._part)[copies.get_local_rank(), mesh.island_number]
         self.sent_bytes, self.wait_seconds = 0, 0.0
 
-    def send(self, differences: Sequence[torch.Tensor], due: int, said: Said) -> Flight:
+    def send(self, differences: Sequence[torch.Tensor], due: int, header: Header) -> Flight:
         """Send differences off. They may be written to afterwards."""
         numbers = torch.zeros(self._copies.size() * self._islands * self._part, dtype=self._dtype, device=self._device)
         if differences:
@@ -143,32 +153,31 @@ class Route:
         mine = numbers.view(self._copies.size(), self._islands, self._part)[self._copies.get_local_rank()]
         sent = self._wire.encode(mine).cpu()
         self.sent_bytes += 2 * sent.numel() // self._islands * (self._islands - 1)
-        flight = Flight(due, said.tokens)
+        flight = Flight(due, header.tokens)
         flight.thread = threading.Thread(
-            target=self._travel, args=(flight, sent, said, Route._newest), name="between-islands", daemon=True
+            target=self._travel, args=(flight, sent, header, Route._newest), name="between-islands", daemon=True
         )
         Route._newest = flight.thread
         flight.thread.start()
         return flight
 
     @torch.no_grad()
-    def _travel(self, flight: Flight, sent: torch.Tensor, said: Said, before: threading.Thread | None) -> None:
+    def _travel(self, flight: Flight, sent: torch.Tensor, header: Header, before: threading.Thread | None) -> None:
         try:
             if before is not None:
                 before.join()
-            all_said = self._of_all(said.row())
+            headers = self._of_all(header.row())
             received = sent
             if self._across is not None:
                 received = torch.empty_like(sent)
                 dist.all_to_all_single(received, sent, group=self._across)
             parts = self._wire.decode(received, self._dtype)
             mean = torch.zeros(1, self._part, dtype=self._dtype)
-            for part, share in zip(parts, self._coefficients(parts, all_said[:, 0]), strict=True):
+            for part, share in zip(parts, self._coefficients(parts, headers[:, 0]), strict=True):
                 if share:  # what counts for nothing need not be finite
                     mean[0].add_(part, alpha=share)  # in the order of the islands, on all of them
-            loss, tokens = all_said[:, 2:].sum(0).tolist()
-            flight.loss = loss / tokens if tokens else None
-            flight.mean, flight.stops = self._of_all(self._wire.encode(mean)), bool(all_said[:, 1].any())
+            flight.loss = mean_loss(headers)
+            flight.mean, flight.stops = self._of_all(self._wire.encode(mean)), bool(headers[:, 1].any())
         except BaseException as error:
             flight.error = error
 

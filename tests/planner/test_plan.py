@@ -53,6 +53,9 @@ def test_says_what_an_exchange_between_islands_needs() -> None:
     for gib, more in ((bytes_of_both / 2**30, []), (bytes_of_both / 2**31, ["optim.local.delay=100"])):
         (note,) = [each for each in make_plan([*words, *more]).notes if "an exchange takes" in each]
         assert f"{gib:.3g} GiB more on a rank (of all weights" in note
+    (note,) = [each for each in make_plan([*words, "optim.local.fragments=2"]).notes if "an exchange takes" in each]
+    odd_layers_and_the_rest = 8 * (8 * 60_821_504 + 2 * 128_256 * 2048 + 2048) / 4  # of 16 layers
+    assert f"{odd_layers_and_the_rest / 2**30:.3g} GiB more on a rank (for its largest fragment" in note
 
 
 def test_figures_are_those_of_arithmetic() -> None:

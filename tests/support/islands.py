@@ -36,7 +36,7 @@ class Sent:
     tokens: list[int]
     differences: list[dict[str, torch.Tensor]]
 
-    def joined(self, aggregate: str) -> dict[str, torch.Tensor]:
+    def aggregated(self, aggregate: str) -> dict[str, torch.Tensor]:
         """Return the mean difference, by tokens, or the geometric median."""
         names = self.differences[0]
         shares = [each / max(1, sum(self.tokens)) for each in self.tokens]
@@ -119,9 +119,14 @@ def plain_islands(work: Work, present: Mapping[int, int] | None = None, spoilt: 
     tokens = [[0] * count for _ in turns]
     flights: list[Sent | None] = [None for _ in turns]
     losses: list[list[float]] = [[] for _ in models]
+    joint_losses: list[float] = []  # of all islands, in the rounds of the first turn
+    since: list[tuple[float, int]] = []  # sums of token losses and their numbers, in this round
 
     @torch.no_grad()
     def send(turn: int, due: int) -> Sent:
+        if turn == 0:
+            joint_losses.append(sum(each for each, _ in since) / sum(count for _, count in since))
+            since.clear()
         sent = Sent(due, tokens[turn], [{name: held[name] for name in turns[turn]} for held in unsent])
         tokens[turn] = [0] * len(models)
         for held in unsent:
@@ -152,7 +157,7 @@ def plain_islands(work: Work, present: Mapping[int, int] | None = None, spoilt: 
                     held[name] = outer[name] - own[name]
 
     def arrive(turn: int, sent: Sent) -> None:
-        for name, each in sent.joined(local.aggregate).items():
+        for name, each in sent.aggregated(local.aggregate).items():
             outer[name].grad = each
         joins[turn].step()
         take_over(turn)
@@ -189,6 +194,7 @@ def plain_islands(work: Work, present: Mapping[int, int] | None = None, spoilt: 
             optimizer.step()
             optimizer.zero_grad()
             losses[island].append(loss.item())
+            since.append((loss.item() * learned, learned))
             for name, weight in model.named_parameters():
                 unsent[island][name] = unsent[island][name] + before[name] - weight.detach()
             for turn in tokens:
@@ -197,7 +203,7 @@ def plain_islands(work: Work, present: Mapping[int, int] | None = None, spoilt: 
             close_round(number, step, last=step == work.steps)
     with torch.no_grad():
         evaluated = _loss(outer_model, range(HELD_OUT, HELD_OUT + work.samples))[0].item()
-    return [Curve(each, evaluated) for each in losses]
+    return [Curve(each, evaluated, joint_losses) for each in losses]
 
 
 def _inner(work: Work, model: torch.nn.Module) -> torch.optim.Optimizer:

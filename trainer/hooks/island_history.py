@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 class IslandHistory(Hook):
     """Notes the number of islands wherever it changes, in the checkpoints of the run. Rows of metrics have `islands/present`.
 
-    since  [first step, number of islands from there on] of each stretch, oldest first
+    since  [first step, number of islands from there on] of each stretch, oldest first. Of a run resumed from a checkpoint
+           that has no such state, the steps before are not known, and not in it
     """
 
     alone = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -14,6 +15,7 @@ from meshloom.parallel.box import Box
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.fragment import Fragment
 from meshloom.parallel.torch.islands import of_first_island
+from meshloom.parallel.torch.travel import Header, mean_loss
 from support.islands import Curve, Spoilt, plain_islands, trained_islands
 from support.parity import Work, plain_run
 from support.ranks import run_ranks
@@ -62,7 +64,8 @@ def oracle(method: str) -> list[Curve]:
 
 def difference(expected: Curve, found: Curve) -> float:
     """Return the largest relative difference of a loss."""
-    pairs = zip([*expected.losses, expected.evaluated], [*found.losses, found.evaluated], strict=True)
+    pairs = list(zip([*expected.losses, expected.evaluated], [*found.losses, found.evaluated], strict=True))
+    pairs += zip(expected.joint_losses, found.joint_losses, strict=False)  # what arrives at the end has no row
     return max(abs(one - other) / one for one, other in pairs)
 
 
@@ -117,6 +120,12 @@ def test_one_step_of_sgd_averaged_is_synchronous_training() -> None:
         assert found.evaluated == pytest.approx(synchronous[-1], rel=TOLERANCE)
         assert found.joint_losses == pytest.approx(synchronous[: len(found.joint_losses)], rel=TOLERANCE)
         assert len(found.joint_losses) == work.steps - 1  # no row comes after the last exchange
+
+
+def test_a_loss_that_is_no_number_does_not_hide_those_of_other_islands() -> None:
+    rows = [Header(5.0, loss=8.0, loss_tokens=4.0), Header(9.0, loss=math.nan, loss_tokens=9.0), Header(6.0, True, 12.0, 6.0)]
+    assert mean_loss(torch.cat([each.row() for each in rows])) == 2.0
+    assert mean_loss(rows[1].row()) is mean_loss(Header(0.0).row()) is None
 
 
 def test_islands_that_a_checkpoint_lacks_begin_with_the_state_of_the_first() -> None:
