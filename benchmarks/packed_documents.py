@@ -15,6 +15,7 @@ part=ranks   rows of `rows` tokens on two GPUs: whole on each, cut by context pa
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
@@ -263,10 +264,13 @@ def measure_costs(settings: Settings) -> None:
 
 
 def fitted_costs(measured: Sequence[tuple[Sequence[int], float]]) -> CostModel:
-    """Fit quadratic, linear and per-row costs by least squares of relative errors; none is below 0."""
+    """Fit quadratic, linear and per-row costs by least squares of relative errors; none is below 0.
+
+    Rows of one length can't tell the cost of a row from that of its tokens: it is then left at 0.
+    """
     table = np.array([[sum(n * n for n in row), sum(row), 1.0] for row, _ in measured], np.float64)
     table /= np.array([each for _, each in measured], np.float64)[:, None]
-    kept = [0, 1, 2]
+    kept = [0, 1, 2] if len({sum(row) for row, _ in measured}) > 1 else [0, 1]
     while True:
         found, *_ = np.linalg.lstsq(table[:, kept], np.ones(len(table)), rcond=None)
         if min(found) >= 0:
@@ -336,6 +340,32 @@ def measure_ranks(settings: Settings) -> None:
         recompile()  # what was compiled holds the engine
 
 
+def descendants(pid: int) -> list[int]:
+    """List the processes that a process has started, and those that these have."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            parents.setdefault(parent, []).append(int(stat.parent.name))
+    found = [pid]
+    for each in found:
+        found += parents.get(each, [])
+    return found[1:]
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process with all that it started: torchrun's workers are in sessions of their own, and may outlive it."""
+    left = descendants(process.pid)
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    process.kill()
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
 def run_parts(settings: Settings) -> None:
     """Run every part in a process of its own."""
     python, here, out = sys.executable, str(HERE / "packed_documents.py"), f"out={settings.out}"
@@ -369,12 +399,7 @@ def run_parts(settings: Settings) -> None:
         try:
             told = f"ended with {process.wait(limit)}"
         except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its processes, which are in sessions of their own
-            try:
-                process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            end(process)
             told = "was stopped"
         print(f"# {told} after {time.perf_counter() - began:.0f} s", flush=True)
 

@@ -47,6 +47,7 @@ class ComputeTime:
         self._on_device = device.type == "cuda"
         self._heartbeat = heartbeat
         self._events: list[_Passes] = []
+        self._read: list[torch.cuda.Event] = []  # events whose times have been read
         self._begun: torch.cuda.Event | None = None
         self._waits: list[Span] = []
         self._ring_waits: list[Span] = []
@@ -59,13 +60,13 @@ class ComputeTime:
         """Begin the passes of a step."""
         self._in_passes = True
         if self._on_device:
-            self._begun, self._waits, self._ring_waits = _mark(), [], []
+            self._begun, self._waits, self._ring_waits = self._mark(), [], []
 
     def __exit__(self, *_error: object) -> None:
         """End them."""
         self._in_passes = False
         if self._begun is not None:
-            self._events.append(_Passes((self._begun, _mark()), self._waits, self._ring_waits))
+            self._events.append(_Passes((self._begun, self._mark()), self._waits, self._ring_waits))
             self._begun = None
 
     @contextlib.contextmanager
@@ -79,11 +80,11 @@ class ComputeTime:
             yield
             return
         self._heartbeat.interrupt(Phase.EXCHANGE)
-        begun = None if self._begun is None else _mark()
+        begun = None if self._begun is None else self._mark()
         try:
             yield
             if begun is not None:  # not after an error, which may be the device's
-                self._waits.append((begun, _mark()))
+                self._waits.append((begun, self._mark()))
         finally:
             self._heartbeat.interrupt(phase)
 
@@ -96,9 +97,9 @@ class ComputeTime:
         if not self._in_passes:
             yield
         elif self._on_device:
-            begun = _mark()
+            begun = self._mark()
             yield
-            self._ring_waits.append((begun, _mark()))
+            self._ring_waits.append((begun, self._mark()))
         else:
             began = time.monotonic()
             try:
@@ -118,14 +119,15 @@ class ComputeTime:
             passes = self._events.pop(0)
             ring_wait = sum(map(_seconds, passes.ring_waits))
             self._newest = StepWork(_seconds(passes.span) - sum(map(_seconds, passes.waits)) - ring_wait, ring_wait)
+            for span in (passes.span, *passes.waits, *passes.ring_waits):
+                self._read += span
         return StepWork(host + self._newest.own, self._newest.ring_wait)
 
-
-def _mark() -> torch.cuda.Event:
-    """Record an event on the current stream."""
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+    def _mark(self) -> torch.cuda.Event:
+        """Record an event on the current stream. Each message of a ring in each layer has two, so that they are used again."""
+        event = self._read.pop() if self._read else torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def _seconds(span: Span) -> float:

@@ -28,3 +28,33 @@ def test_waiting_for_rings_in_passes_is_no_work(monkeypatch: pytest.MonkeyPatch)
     heartbeat.totals[Phase.FORWARD], heartbeat.totals[Phase.BACKWARD] = 4.0, 5.0
     assert measured.newest() == StepWork(6.0, 3.0)
     assert measured.newest() == StepWork(0.0, 0.0)
+
+
+def test_events_of_steps_that_were_read_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, **_options: object) -> None:
+            made.append(self)
+
+        def record(self) -> None:
+            clock[0] += 1000.0  # ms
+            self.at = clock[0]
+
+        def query(self) -> bool:
+            return True
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    heartbeat: Any = SimpleNamespace(totals=[0.0] * len(Phase))
+    measured = ComputeTime(torch.device("cuda"), heartbeat)
+    for _ in range(3):
+        with measured:
+            for _ in range(2):
+                with measured.ring_waiting():
+                    pass
+        assert measured.newest() == StepWork(3.0, 2.0)
+    assert len(made) == 2 + 2 * 2
