@@ -3,6 +3,10 @@
 A machine that is frozen, or cut off from the others, keeps its locks. The machines that go on without it know that it takes no
 part any more: the lease of its leader is over, or the leader has counted it as lost. So the later start takes the folder, and
 the earlier one finds that out before it commits anything (M. Kleppmann, "How to do distributed locking", 2016: fencing tokens).
+
+It looks before it renames a step, names it the newest, or deletes old ones. The file system does not look: a process that is
+frozen between its look and the rename, or whose NFS client shows it the lock file of a moment ago (`acregmin` of nfs(5)), may
+still rename a step of its own. That step is whole and of the same run.
 """
 
 from __future__ import annotations

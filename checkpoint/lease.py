@@ -57,7 +57,7 @@ class Lease:
     def check(self) -> None:
         """Raises HeldError if another run has taken the folder meanwhile, CheckpointError if that can't be told."""
         record = self._read()
-        if not record:  # somebody has tidied up
+        if not record or self._is_late(record):  # not record: somebody has tidied up
             self._write()
         elif record.get("token") != self._token:
             raise HeldError(
@@ -85,8 +85,14 @@ class Lease:
                 break
         time.sleep(min(WATCH_SECONDS, LEASE_SECONDS))  # whoever read the same as this run has written, too, by now
         record = self._read()
-        if record.get("token") != self._token:
+        if self._is_late(record):
+            self._write()
+        elif record.get("token") != self._token:
             raise HeldError(self._refusal(record))
+
+    def _is_late(self, record: dict[str, Any]) -> bool:
+        """Return whether an earlier start of the same launch, which may have hung, has written this over the own record."""
+        return record.get("token") != self._token and follows(_holder(record))
 
     def _watch(self, first: dict[str, Any]) -> None:
         """Return when whoever left this record is known to be gone. Raises HeldError if it is not."""
@@ -113,7 +119,8 @@ class Lease:
     def _renew(self) -> None:
         while not self._over.wait(RENEWAL_SECONDS):
             with contextlib.suppress(Exception):  # a store that is away for a moment; `check` finds out what came of it
-                if self._read().get("token", self._token) != self._token:
+                record = self._read()
+                if record.get("token", self._token) != self._token and not self._is_late(record):
                     return
                 if not self._over.is_set():
                     self._write()

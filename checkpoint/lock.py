@@ -48,8 +48,9 @@ class FolderLock:
             return
         holder = self._path.read_text(errors="replace").strip()
         if follows(holder):  # an earlier start has put its file here, as late as it took the folder from one before it
+            file = self._replace(holder)
             os.close(self._file)
-            self._file = self._replace(holder)
+            self._file = file
             return
         raise HeldError(f"{self._folder}: {holder} has taken this folder over from this process, without which the run goes on")
 

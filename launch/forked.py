@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 
@@ -139,20 +139,37 @@ def end_with_agent(seconds: float) -> BaseProcess | None:
         # The fork server, this rank's parent, dies with the agent. A stopped rank has no thread that runs, so it goes on for
         # the time that it has to save.
         get_signal_when_parent_dies(signal.SIGCONT if seconds else signal.SIGKILL)
-        threading.Thread(target=_stop_with, args=(agent, seconds), daemon=True).start()
+        assert agent.pid is not None
+
+        def is_gone() -> bool:
+            return bool(connection.wait([agent.sentinel], LOOK_SECONDS))
+
+        threading.Thread(target=_stop_with, args=(agent.pid, is_gone, seconds), daemon=True).start()
     return agent
 
 
-def _stop_with(agent: BaseProcess, seconds: float) -> None:
+def end_with_parent() -> None:
+    """Have this rank, which is not forked, killed with its agent, its parent; it also ends where that is stopped."""
+    get_signal_when_parent_dies(signal.SIGKILL)
+    agent = os.getppid()
+
+    def is_gone() -> bool:
+        time.sleep(LOOK_SECONDS)
+        return os.getppid() != agent
+
+    threading.Thread(target=_stop_with, args=(agent, is_gone, 0.0), daemon=True).start()
+
+
+def _stop_with(agent: int, is_gone: Callable[[], bool], seconds: float) -> None:
     """Ask this rank to stop when its agent was killed, and end it later: nothing else would.
 
     A machine whose agent is stopped is lost to the others, who go on without its ranks: these end, too.
     """
     stopped = 0.0
-    while not connection.wait([agent.sentinel], LOOK_SECONDS):
-        stopped = stopped + LOOK_SECONDS if agent.pid is not None and process_state(agent.pid) == "T" else 0.0
+    while not is_gone():
+        stopped = stopped + LOOK_SECONDS if process_state(agent) == "T" else 0.0
         if not seconds and stopped > STOPPED_SECONDS:
-            who = f"rank {os.environ.get('RANK')} ends: its agent (pid {agent.pid})"
+            who = f"rank {os.environ.get('RANK')} ends: its agent (pid {agent})"
             os.write(2, f"{who} is stopped, and other machines go on without it\n".encode())
             os._exit(128 + signal.SIGTERM)
     if seconds:

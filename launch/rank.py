@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,8 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..config.per_host import share_on_host
 from ..config.problems import ConfigError
-from ..trainer.watch.process import get_signal_when_parent_dies
-from .forked import DIES_WITH_PARENT
+from .forked import DIES_WITH_PARENT, end_with_parent
 from .once import OncePerNode, hook_failure, is_first
 from .switches import BAD_CONFIG, read_switches, refuse
 
@@ -59,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def die_with_parent() -> None:
-    """Have this process killed with its parent, where that is asked for by an environment variable."""
+    """Have this process end with its parent, where that is asked for by an environment variable."""
     if os.environ.get(DIES_WITH_PARENT):
-        get_signal_when_parent_dies(signal.SIGKILL)
+        end_with_parent()
 
 
 def run_here(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:

@@ -164,13 +164,13 @@ class LocalTarget(Target):
         _check_files(LocalFiles(fresh), manifest)
         write_small(fresh / MANIFEST, text, "manifest")
         sync_folder(fresh, "manifest.folder")
-        if self._lock is not None:
-            self._lock.check()
+        self._check()
         with self._announcing:
             replaced = move_into_place(fresh, final)
             if replaced is not None:
                 self._leftovers.append(replaced)  # deleting takes time, which `prune` has and a commit has not
             sync_folder(self.path, "commit.folder")
+            self._check()
             replace_small(self.path / LATEST, f"{final.name}\n".encode(), "latest")
 
     def discard(self, step: int, token: str) -> None:
@@ -183,8 +183,14 @@ class LocalTarget(Target):
         except OSError:
             self._leftovers.append(place)
 
+    def _check(self) -> None:
+        """Raises HeldError if a later start of the run has the folder."""
+        if self._lock is not None:
+            self._lock.check()
+
     def prune(self, keep: int) -> list[str]:
         """See Target."""
+        self._check()
         fault = ""
         with self._announcing:
             doomed = steps_to_prune(LocalFiles(self.path), keep, self.suspected)
@@ -314,6 +320,8 @@ class RemoteTarget(Target):
 
     def prune(self, keep: int) -> list[str]:
         """See Target."""
+        if self._lease is not None:
+            self._lease.check()
         committed = self._committed
         if committed is not None:
             self._clear(committed)

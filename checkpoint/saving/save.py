@@ -350,7 +350,7 @@ class Save:
         try:
             with context.tidying:
                 context.target.make_room(self.step, size, context.config.keep)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             log.warning("no room could be made for step %d: %s", self.step, error)
 
     def _tidy(self, context: SaveContext) -> None:

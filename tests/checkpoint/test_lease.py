@@ -22,6 +22,7 @@ from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError, HeldError
+from meshloom.checkpoint.fence import FENCE, Fence
 from meshloom.checkpoint.files import RemoteFiles, open_files
 from meshloom.checkpoint.folder import find_latest
 from meshloom.checkpoint.lease import Lease
@@ -144,6 +145,43 @@ def test_holder_renews_its_record_until_another_takes_it(files: RemoteFiles, mon
     assert not held._thread.is_alive() and record(files) == ELSEWHERE
     held.release()
     assert record(files) == ELSEWHERE
+
+
+@pytest.mark.parametrize("found_by", ["a look", "renewal"])
+def test_a_start_that_is_late_gives_the_folder_back(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch, found_by: str) -> None:
+    """An earlier start of the launch hung in its write, which came after a later one had taken the folder."""
+    monkeypatch.setenv(FENCE, str(Fence("launch-1", 2, 4)))
+    monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.001 if found_by == "renewal" else NEVER)
+    held = Lease(files)
+    leave(files, holder="other process 7 (start 1.3 of launch-1)")
+    if found_by == "a look":
+        held.check()
+    deadline = time.monotonic() + 60
+    while record(files)["token"] != held._token:
+        assert time.monotonic() < deadline
+    leave(files, holder="other process 7 (start 3.5 of launch-1)")
+    with pytest.raises(HeldError, match=r"start 3\.5 of launch-1"):
+        held.check()
+    held.release()
+
+
+def test_a_late_write_does_not_refuse_a_later_start(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FENCE, str(Fence("launch-1", 2, 4)))
+    write = RemoteFiles.write
+
+    def overtaken(self: RemoteFiles, name: str, data: bytes, *, anew: bool = False) -> bool:
+        written = write(self, name, data, anew=anew)
+        if anew:
+            leave(self, holder="other process 7 (start 1.3 of launch-1)")
+        return written
+
+    def leave(files: RemoteFiles, holder: str) -> None:
+        write(files, ".lock", json.dumps({**ELSEWHERE, "holder": holder}).encode())
+
+    monkeypatch.setattr(RemoteFiles, "write", overtaken)
+    held = Lease(files)
+    assert record(files)["token"] == held._token
+    held.release()
 
 
 def test_a_record_that_somebody_tidied_away_is_put_back(files: RemoteFiles) -> None:

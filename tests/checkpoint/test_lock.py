@@ -17,6 +17,7 @@ import pytest
 from meshloom.checkpoint.errors import HeldError
 from meshloom.checkpoint.fence import FENCE, Fence
 from meshloom.checkpoint.lock import FolderLock, holder_of
+from meshloom.checkpoint.saving.commit import LocalTarget
 from meshloom.checkpoint.writing.writer import Writer
 from support.checkpoint_runs import open_run
 from support.checkpoint_worlds import fragments, make_arrays
@@ -104,6 +105,11 @@ def test_a_frozen_run_whose_folder_was_taken_does_not_commit(tmp_path: Path) -> 
     one, two = run.poll()
     assert (one.outcome, two.outcome) == ("committed", "failed")
     assert "other process 7 (start 2.4 of launch-1) has taken this folder over" in two.reason
+    with pytest.raises(HeldError, match=r"start 2\.4 of launch-1"):
+        target = LocalTarget(tmp_path / "elsewhere", coordinator=True)
+        (tmp_path / "elsewhere" / ".lock").unlink()
+        (tmp_path / "elsewhere" / ".lock").write_text("other process 7 (start 2.4 of launch-1)")
+        target.prune(1)
     run.close()
     assert not (tmp_path / "step-00000002").exists()
 
@@ -116,6 +122,25 @@ def test_a_start_that_is_late_gives_the_folder_back(tmp_path: Path, hold: Callab
     beside.write_text(f"here process {late.process.pid} (start 1.3 of launch-1)")
     beside.replace(tmp_path / ".lock")
     assert later.checks() == "has it" and late.checks().startswith("HeldError")
+
+
+def test_a_folder_that_can_t_be_taken_back_is_left_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FENCE, str(Fence("launch-1", 2, 4)))
+    lock = FolderLock(tmp_path)
+    beside = tmp_path / "beside"
+    beside.write_text("other process 7 (start 1.3 of launch-1)")
+    beside.replace(tmp_path / ".lock")
+    with monkeypatch.context() as full:
+
+        def none(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        full.setattr(Path, "replace", none)
+        with pytest.raises(OSError, match="No space left"):
+            lock.check()
+    lock.check()
+    lock.release()
+    FolderLock(tmp_path).release()
 
 
 def test_a_lock_file_that_somebody_has_removed_is_no_reason_to_end(tmp_path: Path) -> None:

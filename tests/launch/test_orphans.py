@@ -97,6 +97,30 @@ def test_a_rank_ends_if_its_agent_stays_stopped(start: Callable[..., Started]) -
     assert f"rank 3 ends: its agent (pid {here.agent.pid}) is stopped".encode() in here.agent.stderr.read()
 
 
+RANK = """
+import os, time
+from meshloom.launch import forked
+forked.LOOK_SECONDS, forked.STOPPED_SECONDS = 0.05, 0.2
+forked.end_with_parent()
+print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_rank_that_is_not_forked_ends_if_its_agent_stays_stopped() -> None:
+    words = [sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])", RANK]
+    agent = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    assert agent.stdout is not None
+    rank = psutil.Process(int(agent.stdout.readline()))
+    try:
+        agent.send_signal(signal.SIGSTOP)
+        wait_for_the_end(rank)
+    finally:
+        os.killpg(agent.pid, signal.SIGKILL)
+        told = agent.communicate()[1]
+    assert f"its agent (pid {agent.pid}) is stopped".encode() in told
+
+
 LAUNCHER = """
 import subprocess, sys, time
 agent = '''
