@@ -5,6 +5,7 @@ Any machine may lead. When the leader is lost, the first of the others to notice
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -43,6 +44,8 @@ STOP_SECONDS = 60.0
 """Time for ranks to save and end when this machine is told to leave."""
 APART_SECONDS = GATHER_SECONDS + 3 * ANSWER_SECONDS
 """Time after which a machine that takes no part in the run ends: a little more than a leader waits for machines."""
+SUSPENDED_SECONDS = 3 * ANSWER_SECONDS
+"""A turn waits less than this for the leader: after a longer one this machine was suspended, which counts for nothing."""
 RETRY_SECONDS = 1.0
 """Time between two looks at a folder that can't be read or written."""
 
@@ -93,7 +96,7 @@ class Machine:
         self._leaving: float | None = None
         self._outcome: int | None = None
         self._lease = LeaseWatch()
-        self._answered = self._together = time.monotonic()  # heard a leader; was one of enough machines
+        self._answered = self._together = self._turned = time.monotonic()  # heard a leader; was one of enough machines
         self._apart = 0  # term whose leader lives and can't be reached from here
         self._yields = 0.0  # until when others shall lead
         self._said: set[str] = set()
@@ -113,6 +116,10 @@ class Machine:
 
     def turn(self) -> float:
         """Look at the ranks, ask the leader and obey. Return for how many seconds to wait before the next turn."""
+        now = time.monotonic()
+        if now - self._turned > SUSPENDED_SECONDS:
+            self._together += now - self._turned
+        self._turned = now
         self._look_at_ranks()
         if self._leaving is not None and self._may_leave(self._leaving):
             self._outcome = 0
@@ -216,8 +223,9 @@ class Machine:
         try:
             answer = self._link.ask(self._about())
         except OSError as error:
-            if isinstance(error, TimeoutError) and self._term is not None:
-                self._silent = self._term.number  # its machine may still take connections
+            silent = not self._known or isinstance(error, TimeoutError)
+            if silent and self._term is not None:  # its machine, or another program there, may still take connections
+                self._silent = self._term.number
             self._lose_leader()
             return None
         if answer["order"] == Order.STRANGER and self._term is not None:
@@ -226,6 +234,8 @@ class Machine:
             self._silent = self._term.number
             self._lose_leader()
             return None
+        if not self._known:
+            self._join()
         self._known, self._answered = True, time.monotonic()
         if self._own is None or not self._own.lacks_machines:
             self._together = self._answered
@@ -278,20 +288,21 @@ class Machine:
             return None
         now = time.monotonic()
         still = self._lease.still(newest.number, self._terms.lease(newest.number), now)
-        if self._lease.moves:
+        if self._lease.moves and still == 0.0:
             self._silent = 0  # it lives, and may answer again
         error: OSError | None = None
         if why := self._unfit(newest):
             if self._lease.moves:
                 self._outcome = self._refuse(why, BAD_CONFIG)
+        elif newest.machine != socket.gethostname() and is_loopback(newest.host):
+            error = OSError(unreachable(newest.machine, newest.host))
         elif newest.number != self._silent:
             try:
                 link = Link(newest.host, newest.port)
             except OSError as raised:
                 error = raised
             else:
-                self._term, self._lease = newest, LeaseWatch()
-                self._join()
+                self._term = newest
                 return link
         if self._outcome is not None:
             return None
@@ -306,14 +317,13 @@ class Machine:
         if term.version != __version__:
             other = term.version or "of an older version"
             return f"{term.machine} leads the run with Meshloom {other}, and this machine has {__version__}"
-        if is_loopback(term.host) and term.machine != socket.gethostname():
-            return f"{term.machine} leads the run, and {unreachable(term.machine, term.host)}"
         return ""
 
     def _refuse(self, why: str, code: int) -> int:
         """Take no part in the run, and say why, in the run's folder, too. Return the exit code."""
         self._say(f"this machine takes no part in the run: {why}")
-        write_refusal(Path(self._part.output_dir), why)
+        if code == BAD_CONFIG:
+            write_refusal(Path(self._part.output_dir), why)
         return code
 
     def _patience(self, term: Term, error: OSError | None) -> float:
@@ -336,12 +346,14 @@ class Machine:
     def _join(self) -> None:
         """Take note that the leader can be reached, after all."""
         if self._apart:
-            self._terms.rejoin(self._apart, self._id)
+            with contextlib.suppress(OSError):  # the leader looks for its note only while machines are missing
+                self._terms.rejoin(self._apart, self._id)
             self._apart = 0
 
     def _give_way(self, own: Leading) -> None:
-        """Let another machine lead, if too few machines reach this one and others can't."""
-        if own.lacks_machines_for(LEASE_SECONDS) and own.apart:
+        """Let another machine lead, if too few machines reach this one and others can't, or no other host can."""
+        alone = is_loopback(self._address) and not own.busy and any(host != socket.gethostname() for host in own.apart)
+        if alone or (own.lacks_machines_for(LEASE_SECONDS) and own.apart):
             self._say(f"{', '.join(own.apart)} can't reach this machine at {self._address}:{own.port}: another one is to lead")
             self._yields = time.monotonic() + 2 * LEASE_SECONDS
             self._lose_leader()
@@ -353,12 +365,11 @@ class Machine:
             term = Term(1, self._id, self._address, own.port)
             if before is not None:
                 term = replace(term, number=before.number + 1, run=before.run or term.run)
-            own.term = term  # from now on: others may find its file before this machine goes on
+            lost = before is None or self._terms.lease(before.number) is not None
             if not self._terms.claim(term):
                 return
-            own.begin(term)
-            if self._memory.assignment is not None and before is not None:
-                own.take_over(before.id, lost=self._terms.lease(before.number) is not None)
+            led = before.id if before is not None and self._memory.assignment is not None else ""
+            own.begin(term, led, lost=lost)
             self._own, self._term = own, term
         finally:
             if self._own is not own:
@@ -372,7 +383,9 @@ class Machine:
         if self._own is not None:
             self._own.close()
             self._own = None
-        self._lease = LeaseWatch()
+        if self._known:  # the lease was not looked at meanwhile
+            self._lease = LeaseWatch()
+        self._known = False
 
     def _say(self, text: str) -> None:
         """Print something once."""

@@ -30,5 +30,5 @@ class Announcer:
 
     def _tell(self) -> None:
         while (action := self._told.get()) is not None:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(Exception):
                 action()

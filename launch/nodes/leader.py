@@ -10,6 +10,7 @@ a machine waits, or wants to leave   the ranks save at the end of their step, an
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -92,7 +93,7 @@ class Leader:
     tell     prints a sentence, and keeps it as an incident of this kind, if there is one: (kind or "", sentence)
     judged   called with the first failure of an attempt and what is decided about it
     memory   what has happened; a leader that takes over begins with what it knew as one of the others
-    leads    whether this machine still leads: else it begins no attempt
+    leads    whether this machine leads, and still does: else it begins no attempt, and ends no run for want of machines
     term     number of this leader's term
     missing  who does not take part and why, as far as it is known
     ended    exit code of the run once it is over
@@ -103,7 +104,7 @@ class Leader:
     judged: Callable[[Memory, Failure | None, Judgement], None]
     memory: Memory = field(default_factory=Memory)
     ended: int | None = None
-    leads: Callable[[], bool] = lambda: True
+    leads: Callable[[], bool] = lambda: False
     term: int = 0
     missing: Sequence[str] = ()
     _nodes: dict[str, Node] = field(default_factory=dict[str, Node])
@@ -169,6 +170,8 @@ class Leader:
         if self._ticked is not None and now - self._ticked > SUSPENDED_SECONDS:
             for each in self._nodes.values():
                 each.heard = now
+            self._since = None if self._since is None else self._since + now - self._ticked
+            self._failed = None if self._failed is None else self._failed + now - self._ticked
         self._ticked = now
         gone = [each for each in self._nodes.values() if _is_lost(each, now)]
         for each in gone:
@@ -224,10 +227,13 @@ class Leader:
             if self.leads():
                 self._begin(waiting, size)
         elif not size and late > GATHER_SECONDS:
+            if not self.leads():
+                return
             reasons = list(filter(None, [self._refused, *self.missing]))
             why = "".join(f"; {reason}" for reason in reasons)
             self.tell("end", f"too few machines came in {GATHER_SECONDS:.0f} s: {self._count(len(waiting))}{why}")
-            self.ended = BAD_CONFIG if reasons else TOO_FEW_MACHINES
+            # A run that has begun had enough machines with such a config.
+            self.ended = BAD_CONFIG if reasons and self.memory.assignment is None else TOO_FEW_MACHINES
         elif not size and late > SETTLE_SECONDS:
             why = "".join(f"; {reason}" for reason in self.missing)
             self._say(f"waiting for machines: {self._count(len(waiting))}{why}")
@@ -275,7 +281,12 @@ class Leader:
         here = [self._nodes[each.id] for each in assignment.nodes if each.id in self._nodes]
         here = [each for each in here if each.attempt == assignment.number]
         failed = [each for each in here if each.state is State.FAILED]
-        if missing:
+        idle = [each for each in here if each.state in IDLE]
+        if idle:
+            names = ", ".join(each.host for each in idle)
+            self.tell("node_lost", f"{names} was cut off and has ended its ranks: the run goes on from what is saved")
+            self._next(now)
+        elif missing:
             self._tell_lost(missing)
             self._next(now)
         elif failed:
@@ -313,7 +324,8 @@ class Leader:
         assignment = self.memory.assignment
         assert assignment is not None
         attempt, first = merge(reports)
-        if first is not None and PORT_IS_TAKEN in first.error and not attempt.last and self._ports_taken < PORTS:
+        taken = first is not None and PORT_IS_TAKEN in first.error and re.search(rf"\b{assignment.port}\b", first.error)
+        if taken and not attempt.last and self._ports_taken < PORTS:
             self._ports_taken += 1
             self.tell("nodes", f"port {assignment.port} of {assignment.host} was taken meanwhile: the ranks meet at another")
             self._next(now)

@@ -39,6 +39,7 @@ class Leading:
         self._server = Server(self._hear, self._lost)
         self._lease: LeaseKeeper | None = None
         self._lacking: float | None = None
+        self._begun = threading.Event()
         self.term: Term | None = None
         self.port = self._server.port
 
@@ -54,7 +55,7 @@ class Leading:
 
     @property
     def apart(self) -> Sequence[str]:
-        """The hosts that can't reach this machine, as far as it looks for them: while machines are missing."""
+        """The hosts that can't reach this machine, as far as it looks for them: while no attempt runs."""
         return () if self._lease is None else self._lease.apart
 
     @property
@@ -68,22 +69,24 @@ class Leading:
         self._lacking = (self._lacking or now) if self.lacks_machines else None
         return self._lacking is not None and now - self._lacking > seconds
 
-    def begin(self, term: Term) -> None:
-        """Renew the lease of the term that was claimed."""
-        lease = self._lease = LeaseKeeper(self._terms, term.number)
+    def begin(self, term: Term, before: str = "", *, lost: bool = True) -> None:
+        """Lead the term that was claimed. Machines that have found it already are answered from now on.
+
+        before, lost: see `Leader.take_over`; "": nobody has led the run before, as far as this machine knows
+        """
+        lease = self._lease = LeaseKeeper(self._terms, term.number, self._say)
         with self._lock:
             self._leader.term, self._leader.leads = term.number, lambda: lease.valid
-
-    def take_over(self, before: str, *, lost: bool) -> None:
-        """See `Leader.take_over`."""
-        with self._lock:
-            self._leader.take_over(before, lost=lost)
+            if before:
+                self._leader.take_over(before, lost=lost)
+            self.term = term
+        self._begun.set()
 
     def tick(self) -> None:
         """Decide what is due by now."""
         with self._lock:
             if self._lease is not None:
-                self._lease.looks, self._leader.missing = self._leader.lacks_machines, self._lease.refusals
+                self._lease.looks, self._leader.missing = not self._leader.busy, self._lease.refusals
             self._leader.tick(time.monotonic())
 
     def wait_until_told(self) -> None:
@@ -104,11 +107,13 @@ class Leading:
     def close(self) -> None:
         """Listen no more, and give the lease up."""
         self._server.close()
+        self._begun.set()  # or requests that came too early would still wait
         if self._lease is not None:
             self._lease.release()
             self._lease = None
 
     def _hear(self, message: Message) -> Message:
+        self._begun.wait(ANSWER_SECONDS / 2)  # others find a term's file as soon as it is claimed
         term = self.term
         if term is None or is_stranger(message, term):
             led = "nothing" if term is None else f"term {term.number} of {term.run}, {self._part.output_dir}"
@@ -123,10 +128,13 @@ class Leading:
             self._leader.lost(machine, time.monotonic())
 
     def _tell(self, kind: str, text: str) -> None:
-        self._announcer.tell(lambda: print(text, file=sys.stderr, flush=True))
+        self._say(text)
         if kind:
             incident = Incident(kind, text)
             self._announcer.tell(lambda: self._incidents.write(incident))
+
+    def _say(self, text: str) -> None:
+        self._announcer.tell(lambda: print(text, file=sys.stderr, flush=True))
 
     def _judged(self, memory: Memory, first: Failure | None, judgement: Judgement) -> None:
         self._announcer.tell(lambda: tell_judgement(first, judgement))

@@ -7,10 +7,9 @@ it moves.
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .refusals import read_refusals
 from .terms import Terms
@@ -29,12 +28,12 @@ class LeaseKeeper:
     over      whether another machine leads by now
     apart     hosts that can't reach this leader, if `looks`
     refusals  who does not take part and why, if `looks`
-    looks     whether to look for these: while machines are missing
+    looks     whether to look for these: while no attempt runs
     """
 
-    def __init__(self, terms: Terms, number: int) -> None:
-        """number: of the term."""
-        self._terms, self._number = terms, number
+    def __init__(self, terms: Terms, number: int, say: Callable[[str], None]) -> None:
+        """number: of the term; say: prints a sentence without waiting for it."""
+        self._terms, self._number, self._say = terms, number, say
         self._stop = threading.Event()
         self._renewed = time.monotonic()
         self.over = self.looks = False
@@ -54,7 +53,7 @@ class LeaseKeeper:
         try:
             self._terms.release(self._number)
         except OSError as error:
-            print(f"{self._terms.folder}: the lease can't be given up ({error})", file=sys.stderr, flush=True)
+            self._say(f"{self._terms.folder}: the lease can't be given up ({error})")
 
     def stop(self) -> None:
         """Renew the lease no more."""
@@ -76,8 +75,7 @@ class LeaseKeeper:
                     self.apart, self.refusals = self._terms.apart(self._number), read_refusals(self._terms.folder)
             except OSError as error:
                 if not said:
-                    text = f"{self._terms.folder}: the leader can't renew its lease ({error}), and tries again"
-                    print(text, file=sys.stderr, flush=True)
+                    self._say(f"{self._terms.folder}: the leader can't renew its lease ({error}), and tries again")
                 said = True
             self._stop.wait(RENEW_SECONDS)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 FLAG = "--machine="
 """Of the agent's command line: its part in a run, JSON."""
-OWN_WORDS = re.compile(r"--|launch\.|(\w+\.)*(output_dir|cache_dir|folder|input|path|validation)=")
+OWN_WORDS = re.compile(r"--|launch\.|(\w+\.)*(\w*(dir|folder|path)|input|validation)=")
 """Words in which machines may differ: how each is reached, and where files lie there."""
 
 

@@ -121,7 +121,11 @@ class Terms:
 
     def apart(self, number: int) -> list[str]:
         """Return the hosts that can't reach the leader of a term."""
-        return sorted(path.read_text() for path in self.folder.glob(self._apart(number, "*").name))
+        found: list[str] = []
+        for path in self.folder.glob(self._apart(number, "*").name):
+            with contextlib.suppress(FileNotFoundError):  # the machine has joined meanwhile
+                found.append(path.read_text())
+        return sorted(found)
 
     # ---- the end
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 ANSWER_SECONDS = 10.0
 """A leader that has not answered for so long is lost. The same holds for a machine that has not asked."""
@@ -34,9 +34,12 @@ class Link:
         if not line.endswith(b"\n"):
             raise ConnectionResetError("the leader has closed the connection")
         try:
-            return json.loads(line)
-        except ValueError as error:  # another program listens on the leader's port
-            raise ConnectionResetError(f"no answer of a leader: {error}") from error
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict) or "order" not in answer:  # another program listens on the leader's port
+            raise ConnectionResetError("no answer of a leader")
+        return cast(Message, answer)
 
     def close(self) -> None:
         """Close the connection."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,14 @@ FITS = {"host": "node-b", "address": "10.0.0.2", "common": PART.common, **creden
         ({}, ""),
         ({"common": None}, ""),
         ({"common": replace(PART, arguments=["optim.lr=1e-3", "output_dir=/mnt/out", "+recipe=quickstart"]).common}, ""),
-        ({"common": replace(PART, arguments=[*PART.arguments, "launch.address=ib0", "data.cache_dir=/x"]).common}, ""),
+        (
+            {
+                "common": replace(
+                    PART, arguments=[*PART.arguments, "launch.address=ib0", "checkpoint.snapshot_folder=/x"]
+                ).common
+            },
+            "",
+        ),
         ({"version": "9.9"}, f"node-b can't take part: it has Meshloom 9.9, and the run {__version__}"),
         (
             {"common": replace(PART, rules=replace(RULES, processes=8)).common},
@@ -71,16 +79,8 @@ def test_addresses_that_lead_each_machine_to_itself(host: str, is_one: bool) -> 
     assert is_loopback(host) == is_one
 
 
-@pytest.mark.parametrize(
-    ("term", "told"),
-    [
-        (replace(TERM, host="127.0.0.1"), "node-a leads the run, and no other host reaches node-a at 127.0.0.1"),
-        (replace(TERM, version="9.9"), f"node-a leads the run with Meshloom 9.9, and this machine has {__version__}"),
-    ],
-)
-def test_a_leader_that_does_not_fit_is_not_followed(
-    term: Term, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_leader_of_another_version_is_not_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    term, told = replace(TERM, version="9.9"), f"node-a leads the run with Meshloom 9.9, and this machine has {__version__}"
     terms = Terms(meeting_folder(tmp_path))
     terms.claim(term)
     machine = Machine(replace(PART, output_dir=str(tmp_path)), cast(Any, SimpleNamespace(root=tmp_path)))
@@ -92,6 +92,39 @@ def test_a_leader_that_does_not_fit_is_not_followed(
     assert machine.run() == BAD_CONFIG and told in capsys.readouterr().err
     (note,) = read_refusals(terms.folder)
     assert note.startswith(f"{socket.gethostname()} does not take part: {told}") and terms.newest() == term
+    machine.close()
+
+
+def test_a_leader_with_a_loopback_address_does_not_end_other_hosts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They wait, and say so; it lets another lead, which refuses it."""
+    terms = Terms(meeting_folder(tmp_path))
+    terms.claim(replace(TERM, host="127.0.0.1"))
+    machine = Machine(replace(PART, output_dir=str(tmp_path)), cast(Any, SimpleNamespace(root=tmp_path)))
+    for count in range(3):
+        terms.renew(TERM.number, count)
+        assert machine.turn() > 0
+    assert terms.apart(TERM.number) == [socket.gethostname()]
+    assert "can't be reached at 127.0.0.1:5 (no other host reaches node-a at 127.0.0.1" in capsys.readouterr().err
+    terms.release(TERM.number)
+    machine.turn()
+    newest = terms.newest()
+    assert newest is not None and newest.machine == socket.gethostname()
+    machine.close()
+
+
+def test_a_machine_with_a_loopback_address_lets_other_hosts_lead(tmp_path: Path) -> None:
+    part = replace(PART, output_dir=str(tmp_path), address="127.0.0.1", rules=replace(RULES, placements={1: []}))
+    machine = Machine(part, cast(Any, SimpleNamespace(root=tmp_path)))
+    terms, deadline = Terms(meeting_folder(tmp_path)), time.monotonic() + 60
+    machine.turn()
+    terms.stand_apart(1, socket.gethostname(), socket.gethostname())
+    for _ in range(5):
+        time.sleep(machine.turn())
+    assert terms.lease(1) is not None, "a machine of this host can reach it"
+    terms.stand_apart(1, "node-b-7-ab", "node-b")
+    while terms.lease(1) is not None:
+        assert time.monotonic() < deadline
+        time.sleep(machine.turn())
     machine.close()
 
 

@@ -44,7 +44,11 @@ class Cluster:
 
     def _leader(self, rules: Rules, memory: Memory) -> Leader:
         return Leader(
-            rules, lambda _, text: self.told.append(text), lambda *judged: self.judged.append(judged[2].again), memory
+            rules,
+            lambda _, text: self.told.append(text),
+            lambda *judged: self.judged.append(judged[2].again),
+            memory,
+            leads=lambda: True,
         )
 
     def add(self, *names: str, **more: Any) -> None:
@@ -256,11 +260,32 @@ def test_too_few_machines_end_the_run_after_a_while() -> None:
     assert cluster.leader.ended == TOO_FEW_MACHINES and "waiting for machines: 1 of at least 2 are here" in cluster.told
 
 
+def test_a_run_that_had_begun_does_not_end_as_a_config_error() -> None:
+    cluster = started("a", "b")
+    cluster.kill("b")
+    cluster.leader.missing = ["node-c does not take part: data: no such file"]
+    cluster.pass_time(GATHER_SECONDS + 3)
+    assert cluster.leader.ended == TOO_FEW_MACHINES and "node-c does not take part" in cluster.told[-1]
+
+
 def test_a_leader_that_was_suspended_takes_nobody_for_lost() -> None:
     cluster = started("a", "b")
     cluster.now += 60.0
     cluster.pass_time(3)
     assert cluster.leader.memory.number == 0 and not any("lost" in text for text in cluster.told)
+    cluster.kill("b")
+    cluster.pass_time(5)
+    cluster.now += 2 * GATHER_SECONDS
+    cluster.pass_time(3)
+    assert cluster.leader.ended is None, "nobody could come meanwhile"
+
+
+def test_a_machine_that_has_ended_its_ranks_is_not_waited_for() -> None:
+    cluster = started("a", "b")
+    cluster.machines["b"]["state"] = State.WAITING  # it was cut off for a while, and then reached the same leader
+    cluster.pass_time(3)
+    assert cluster.ids == ["a", "b"] and cluster.leader.memory.number == 1 and not cluster.judged
+    assert "node-b was cut off and has ended its ranks: the run goes on from what is saved" in cluster.told
 
 
 def test_ranks_that_die_slowly_are_waited_for() -> None:
@@ -292,12 +317,23 @@ def test_ranks_meet_at_another_port_where_theirs_was_taken() -> None:
     assert len(cluster.judged) == 1
 
 
+def test_another_port_that_is_taken_is_a_failure() -> None:
+    cluster = started("a", "b")
+    cluster.fail("a", 1, error=f"the port: 16001 of the metrics: A{PORT_IS_TAKEN}", last=0)
+    cluster.pass_time(SETTLE_SECONDS + 3)
+    assert len(cluster.judged) == 1
+
+
 def test_a_leader_whose_lease_is_over_begins_nothing() -> None:
     cluster = Cluster()
     cluster.leader.leads = lambda: False
     cluster.add(*"abcd")
     cluster.pass_time(40)
     assert cluster.leader.memory.assignment is None
+    cluster.machines.clear()
+    cluster.pass_time(GATHER_SECONDS + 3)
+    assert cluster.leader.ended is None, "another may lead, and have enough"
+    cluster.add(*"abcd")
     cluster.leader.leads, cluster.leader.term = lambda: True, 7
     cluster.pass_time(1)
     assert cluster.leader.memory.assignment is not None and cluster.leader.memory.assignment.term == 7
@@ -324,9 +360,9 @@ def test_a_term_of_another_version_is_read(tmp_path: Path) -> None:
 
 def test_requests_are_answered_and_a_lost_connection_is_told() -> None:
     lost: list[str] = []
-    server = Server(lambda message: {"heard": message["id"]}, lost.append)
+    server = Server(lambda message: {"order": message["id"]}, lost.append)
     link = Link("127.0.0.1", server.port)
-    assert link.ask({"id": "a"}) == {"heard": "a"}
+    assert link.ask({"id": "a"}) == {"order": "a"}
     with socket.create_connection(("127.0.0.1", server.port)) as stranger:
         stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
         assert stranger.recv(10) == b""

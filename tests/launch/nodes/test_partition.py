@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import socketserver
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -14,9 +15,13 @@ from typing import Any, cast
 import pytest
 
 from meshloom.launch.nodes import agent, leader
+from meshloom.launch.nodes.admission import credentials
 from meshloom.launch.nodes.agent import Machine
-from meshloom.launch.nodes.leader import State
+from meshloom.launch.nodes.announcer import Announcer
+from meshloom.launch.nodes.leader import Order, State
+from meshloom.launch.nodes.leading import Leading
 from meshloom.launch.nodes.lease import LeaseWatch
+from meshloom.launch.nodes.memory import Assignment, Memory, NodeRanks
 from meshloom.launch.nodes.part import Part, Rules
 from meshloom.launch.nodes.terms import Term, Terms, meeting_folder
 from meshloom.launch.nodes.wire import Link
@@ -256,6 +261,74 @@ def test_an_agent_of_another_run_is_told_so_and_goes_on_looking(
     three.pass_time(0.3)
     assert len(three.running()) == 3
     stray.close()
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n", b'{"id": "machine"}\n'])
+def test_another_program_at_a_dead_leader_s_port_is_no_leader(quick: None, tmp_path: Path, answer: bytes) -> None:
+    class Other(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(10)
+            self.request.sendall(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        terms = Terms(meeting_folder(tmp_path))
+        terms.claim(Term(1, f"{socket.gethostname()}-x-0", "127.0.0.1", server.server_address[1]))
+        terms.renew(1, 7)
+        part = Part(str(tmp_path), Rules(1, 2, {1: []}, 3, 0.0), [], "127.0.0.1")
+        machine = Machine(part, cast(Any, SimpleNamespace(root=tmp_path, end_attempt=lambda _: None)))
+        deadline = time.monotonic() + 30.0
+        while machine._own is None:
+            assert time.monotonic() < deadline
+            time.sleep(machine.turn())
+        machine.close()
+        server.shutdown()
+
+
+def test_a_machine_that_was_suspended_waits_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(agent.time, "monotonic", lambda: now)
+    terms = Terms(meeting_folder(tmp_path))
+    part = Part(str(tmp_path), Rules(1, 2, {1: []}, 3, 0.0), [], "127.0.0.1")
+    machine = Machine(part, cast(Any, SimpleNamespace(root=tmp_path, end_attempt=lambda _: None)))
+    monkeypatch.setattr(Machine, "_ask", lambda _: None)
+    now += 2 * agent.APART_SECONDS
+    assert machine.turn() > 0 and machine._outcome is None
+    for _ in range(int(agent.APART_SECONDS / 10) + 1):
+        now += 10.0
+        machine.turn()
+    assert machine._outcome == 78 and not list(terms.folder.glob("refused-*"))
+    machine.close()
+
+
+def test_a_leader_answers_once_it_knows_what_it_leads(tmp_path: Path) -> None:
+    """Others find its term as soon as it is claimed; a rank that runs must not be ended for that."""
+    node = NodeRanks("b", "node-b", 0, 1)
+    memory = Memory("launch-1", Assignment(3, [node], "10.0.0.2", 5, (), 1))
+    part = Part(str(tmp_path), Rules(1, 3, {1: []}, 3, 0.0), [], "10.0.0.1")
+    terms, announcer = Terms(tmp_path), Announcer()
+    own = Leading(part, memory, announcer, IncidentLog(tmp_path), terms)
+    term = Term(2, "spare-1-0", "10.0.0.1", own.port)
+    about: dict[str, Any] = {
+        "id": "b",
+        "host": "node-b",
+        "address": "10.0.0.2",
+        "port": 6,
+        "state": State.RUNNING,
+        "attempt": 3,
+    }
+    about |= {"report": None, "leaving": False, "knows": memory.digest, "memory": None, "common": None, **credentials(term)}
+    answers: list[dict[str, Any]] = []
+    asking = threading.Thread(target=lambda: answers.append(Link("127.0.0.1", own.port).ask(about)), daemon=True)
+    asking.start()
+    asking.join(0.2)
+    assert not answers
+    assert terms.claim(term)
+    own.begin(term, "gone-1-0")
+    asking.join(30.0)
+    assert [each["order"] for each in answers] == [Order.RUN]
+    own.close()
+    announcer.close()
 
 
 def test_a_lease_moves_until_it_is_given_up(tmp_path: Path) -> None:
