@@ -62,6 +62,9 @@ def saved_config(state: Mapping[str, Any]) -> dict[str, Any]:
         kind = option_of(group, found[group]) if group in found else None
         if kind is not None and name in {each.name for each in keys_of(kind)}:
             found[group].setdefault(name, value)
+    launch: dict[str, Any] = found.get("launch") or {}
+    if "placements" in launch:  # JSON keeps the numbers of machines as text
+        launch["placements"] = {int(number): words for number, words in launch["placements"].items()}
     return found
 
 

@@ -172,4 +172,6 @@ def plain_config(config: RunConfig) -> dict[str, Any]:
             found[field.name] = {"_target_": value.path, **value.keys}
         else:
             found[field.name] = dataclasses.asdict(typing.cast(Any, value)) if dataclasses.is_dataclass(value) else value
+    launch = found["launch"]
+    launch["placements"] = {str(number): words for number, words in launch["placements"].items()}  # JSON has no other keys
     return found

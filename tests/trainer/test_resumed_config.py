@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
+from meshloom.checkpoint.manifest import state_fault
 from meshloom.config.compose import Composer, Composition
 from meshloom.data.version import NEWEST
 from meshloom.trainer.resumed_config import Resumed, resume_config, saved_choices, saved_config
@@ -278,3 +280,16 @@ def test_a_chain_of_resumes_has_each_days_layout_and_one_recipe(composer: Compos
             assert plain[group] == first[0][group], f"day {number}"
         assert found.warnings == [] and not any("changed recipe" in line for line in found.notices)
         saved = (plain, found.choices)
+
+
+def test_numbers_of_machines_survive_the_json_of_a_checkpoint(composer: Composer) -> None:
+    words = ["launch.nodes=2:3", "launch.placements={2: ['parallel.pp=2']}"]
+    state = {"config": saved_run(composer, *words)}
+    assert state_fault(state) is None
+    saved = saved_config(json.loads(json.dumps(state)))
+    fresh = composer.compose(["recipe=quickstart", *words])
+    resumed = resume_config(saved, fresh, words)
+    assert typed_config(resumed.config)[0].launch.placements == {2: ["parallel.pp=2"]}
+    assert not any("placements" in notice for notice in [*resumed.notices, *resumed.warnings])
+    untyped = resume_config(saved, composer.compose(["recipe=quickstart"]), [])
+    assert typed_config(untyped.config)[0].launch.placements == {}, "placement is today's"
