@@ -60,6 +60,12 @@ def follows(holder: str) -> bool:
     return own is not None and own.follows(Fence.read(holder))
 
 
+def precedes(holder: str) -> bool:
+    """Return whether this process belongs to an earlier start than the one that has left this text in a lock."""
+    own, other = Fence.own(), Fence.read(holder)
+    return own is not None and other is not None and other.follows(own)
+
+
 def name_of_process(host: str) -> str:
     """Return the name of this process for a lock: its host, its number and, if it has one, its fence."""
     own = Fence.own()

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from .errors import HeldError
-from .fence import follows, name_of_process
+from .fence import follows, name_of_process, precedes
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +44,16 @@ class FolderLock:
 
     def check(self) -> None:
         """Raises HeldError if a later start of the run has taken the folder, OSError if that can't be told."""
-        if self._file is None or self._is_in_place(self._file) or not self._path.exists():
+        if self._file is None:
             return
-        holder = self._path.read_text(errors="replace").strip()
+        if self._is_in_place(self._file):
+            holder = _written(self._file)  # a file server gives the lock of a machine that it hears nothing from to another
+            if not precedes(holder):
+                return
+        elif not self._path.exists():
+            return
+        else:
+            holder = self._path.read_text(errors="replace").strip()
         if follows(holder):  # an earlier start has put its file here, as late as it took the folder from one before it
             file = self._replace(holder)
             os.close(self._file)

@@ -225,10 +225,12 @@ def planned_processes(launch: LaunchConfig) -> int:
 def full_processes(launch: LaunchConfig, processes: int) -> int:
     """Return how many processes the run has with all machines of launch.nodes, of which so many are started now.
 
-    0: not known. All processes of a run have to say the same, so machines are taken to be alike.
+    0: not known, as where a scheduler sets the variables of torchrun but the number of machines. All processes of a run have to
+    say the same, so machines are taken to be alike.
     """
-    machines = int(os.environ.get("GROUP_WORLD_SIZE", "1")) if under_torchrun() else launch.most_nodes
-    return processes // machines * launch.most_nodes if launch.most_nodes > 1 and processes % machines == 0 else 0
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", "0")) if under_torchrun() else launch.most_nodes
+    known = machines > 0 and launch.most_nodes > 1 and processes % machines == 0
+    return processes // machines * launch.most_nodes if known else 0
 
 
 def all_processes(launch: LaunchConfig) -> int:

@@ -122,8 +122,9 @@ def _compiles(text: str) -> bool:
 
 
 def _of_torch(file: str) -> bool:
-    """Return whether a file belongs to PyTorch. Meshloom has folders named torch, too."""
-    return "/torch/" in file and not file.startswith(_MESHLOOM)
+    """Return whether a file is of PyTorch. Meshloom has folders named torch, too, and its checkout may hold the environment."""
+    within = file.removeprefix(_MESHLOOM)
+    return "/torch/" in within and (within == file or "/site-packages/" in within)
 
 
 def _stands_in(text: str, place: tuple[str, str]) -> bool:

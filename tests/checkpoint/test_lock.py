@@ -28,7 +28,9 @@ from meshloom.checkpoint.lock import FolderLock
 
 lock = FolderLock(pathlib.Path(sys.argv[1]))
 print("has it", flush=True)
-for _ in sys.stdin:
+for line in sys.stdin:
+    if line == "lose\\n":
+        open(sys.argv[1] + "/.lock").close()  # ends this process's lock
     try:
         lock.check()
         print("has it", flush=True)
@@ -49,9 +51,9 @@ class Holder:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def checks(self) -> str:
+    def checks(self, word: str = "check") -> str:
         assert self.process.stdin is not None
-        self.process.stdin.write("check\n")
+        self.process.stdin.write(f"{word}\n")
         self.process.stdin.flush()
         return self.hears()
 
@@ -112,6 +114,15 @@ def test_a_frozen_run_whose_folder_was_taken_does_not_commit(tmp_path: Path) -> 
         target.prune(1)
     run.close()
     assert not (tmp_path / "step-00000002").exists()
+
+
+def test_a_start_whose_lock_the_file_server_gave_on_finds_that_out(hold: Callable[[int, int], Holder]) -> None:
+    earlier = hold(1, 3)
+    assert earlier.checks("lose") == "has it"
+    later = hold(2, 4)
+    told = earlier.checks()
+    assert told.startswith("HeldError") and "(start 2.4 of launch-1) has taken this folder over" in told
+    assert later.checks() == "has it"
 
 
 def test_a_start_that_is_late_gives_the_folder_back(tmp_path: Path, hold: Callable[[int, int], Holder]) -> None:

@@ -34,6 +34,16 @@ def test_islands_of_whole_machines_stay_so(machines: int, islands: int, monkeypa
     assert island_count(FOUR, PLAIN, processes, full_processes(launch, processes)) == islands
 
 
+def test_machines_that_nobody_counts_are_all_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler may set the variables of torchrun, all but the number of machines."""
+    launch, processes = LaunchConfig(nodes="4", nproc=8), 32
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
+    one_is_enough = LocalConfig(islands=4, quorum=1)
+    assert island_count(one_is_enough, PLAIN, processes, full_processes(launch, processes)) == 4
+
+
 def test_islands_of_several_machines_are_cut_anew_where_one_machine_is_lost() -> None:
     """Three machines of four: 24 processes are one island of 16 and a half."""
     assert island_count(LocalConfig(islands=2, quorum=1), PLAIN, 24, full=32) == 2

@@ -119,10 +119,12 @@ def test_our_own_folder_named_torch_is_shown() -> None:
     assert found is not None and found.told == "functional.py:1 f < step.py:1 f < loop.py:1 f"
 
 
-def test_an_operator_of_torch_that_waits_is_a_collective() -> None:
+@pytest.mark.parametrize("packages", ["/v", f"{SOURCE}/.venv/lib/python3.12/site-packages"])
+def test_an_operator_of_torch_that_waits_is_a_collective(packages: str) -> None:
     """Tensor parallelism waits for its sums so."""
-    frames = ["torch/_ops.py", "torch/distributed/_functional_collectives.py", "meshloom/models/block.py"]
-    lines = [f'  File "/v/{file}", line 1 in f\n' for file in frames]
+    frames = ["torch/_ops.py", "torch/distributed/_functional_collectives.py"]
+    files = [*(f"{packages}/{frame}" for frame in frames), f"{SOURCE}/parallel/torch/step.py"]
+    lines = [f'  File "{file}", line 1 in f\n' for file in files]
     for order, waits in ((lines, True), ([lines[0], lines[2], lines[1]], False)):
         found = parse_own(f"Current thread 0x1 (most recent call first):\n{''.join(order)}")
         assert found is not None and found.collective is waits
