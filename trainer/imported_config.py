@@ -11,6 +11,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf, open_dict
 
 from ..config.compose import Composition
+from ..config.problems import ConfigError, Problem
 from ..config.structured import literal
 from ..data.config import TRAINED
 from .resumed_config import Resumed, saved_config, typed_values
@@ -42,9 +43,22 @@ def import_config(
     if tokenizer is not None and config.data.get("tokenizer") == TRAINED and "data.tokenizer" not in typed:
         config.data.tokenizer = literal(str(tokenizer))
         if config.data.get("end_of_document") is None:
-            config.data.end_of_document = literal(state.get("end_of_document"))
+            config.data.end_of_document = literal(_token_name(tokenizer, state.get("end_of_document")))
         told.append(f"taken from the imported checkpoint: data.tokenizer={tokenizer}")
     return Resumed(config, told, choices=fresh.choices)
+
+
+def _token_name(tokenizer: Path | str, token: str | int | None) -> str | None:
+    """Return the name of a token, which checkpoints of our own runs know by its id."""
+    if not isinstance(token, int):
+        return token
+    from ..data.tokenizer import Tokenizer  # a command line that imports nothing does without this library
+
+    try:
+        return Tokenizer.load(Path(tokenizer), token).name_of(token)
+    except ValueError as error:
+        fix = "give the import the tokenizer.json that its model was trained with"
+        raise ConfigError([Problem("data.tokenizer", str(error), fix)]) from error
 
 
 def _model(saved: dict[str, Any], today: dict[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from meshloom.config.compose import Composition
+from meshloom.config.problems import ConfigError
+from meshloom.data.tokenizer import Tokenizer
 from meshloom.trainer.imported_config import import_config
 from meshloom.trainer.schema import make_composer
 
@@ -62,3 +66,14 @@ def test_text_is_cut_by_the_imports_tokenizer() -> None:
     assert import_config(state, compose(*typed), typed, Path("/imported/tokenizer.json")).config.data.tokenizer == "mine.json"
     synthetic = ["recipe=llama_1b"]
     assert "tokenizer" not in import_config(state, compose(*synthetic), synthetic, Path("/imported/t.json")).config.data
+
+
+def test_the_end_of_a_document_may_be_known_by_its_id(tmp_path: Path) -> None:
+    """A mean of steps, or an upcycled one, has it from a run; the text "0" is another token than the one with id 0."""
+    Tokenizer.train(["a 0 b"], 300).save(tmp_path / "tokenizer.json")
+    end = Tokenizer.load(tmp_path / "tokenizer.json").end_of_document
+    words = ["recipe=quickstart", "data=jsonl", "data.input=a.jsonl"]
+    found = import_config({"end_of_document": end}, compose(*words), words, tmp_path / "tokenizer.json")
+    assert end == 0 and found.config.data.end_of_document == "<|endoftext|>"
+    with pytest.raises(ConfigError, match=r"data\.tokenizer.*999"):
+        import_config({"end_of_document": 999}, compose(*words), words, tmp_path / "tokenizer.json")
