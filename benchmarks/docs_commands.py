@@ -56,7 +56,7 @@ COPIES = ("run", "dense", "tuned")  # other names of that run
 
 @dataclass(frozen=True)
 class Command:
-    """What a document shows to be typed.
+    """A command that a document shows, to be typed.
 
     typed  as it stands; run: what is run in its place
     code   the exit code that it should have

@@ -194,7 +194,7 @@ def resume(row: Row, tensors: list[Tensor], plan: SavePlan, head: bytes, old: La
 
 
 def listing(row: Row, head: bytes, ranks: int) -> None:
-    """What retention and `list` do with a step: a listing of its files, and the manifest without arrays."""
+    """Do what retention and `list` do with a step: a listing of its files, and the manifest without arrays."""
     with tempfile.TemporaryDirectory() as folder:
         for rank in range(ranks):
             (Path(folder) / f"rank-{rank:05d}.safetensors").touch()

@@ -259,7 +259,7 @@ def _files_from_json(content: dict[str, Any]) -> list[StoredFile]:
 
 
 def _tilings_from_json(content: dict[str, Any], files: Sequence[StoredFile], where: str) -> list[Tiling]:
-    """How the arrays are cut. Up to format version 3 each lists its boxes: regions that one file's writer alone holds."""
+    """The cuts of the arrays. Up to format version 3 each lists its boxes: regions that one file's writer alone holds."""
     if not content["arrays"]:
         return []
     from .planning.tiling import decode_tilings, undealt  # only where it is used: NumPy takes a tenth of a second

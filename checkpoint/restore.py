@@ -67,7 +67,7 @@ class RestoreReport:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a run wants of a step.
+    """The part of a step that a run wants.
 
     fragments     that the step's values go into
     allow_unused  keys of stored arrays that no rank needs to want, although strict

@@ -1,4 +1,4 @@
-"""Where a machine is reached: its address, and a port that nobody takes between its choice and its use."""
+"""The place where a machine is reached: its address, and a port that nobody takes between its choice and its use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may ask a leader: machines of its own run, of its version, with its config, which other hosts can reach."""
+"""Admission of machines that ask a leader: those of its run, of its version, with its config, which other hosts can reach."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an agent tells of the run is printed and kept by a thread of its own: a slow disk or terminal delays no answer."""
+"""A thread that prints and keeps the messages of an agent: a slow disk or terminal delays no answer."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ GATHER_SECONDS = 600.0
 
 
 class State(StrEnum):
-    """What a machine's ranks are doing. ENDING: they were killed and are not gone. DONE: all have ended with exit code 0."""
+    """State of a machine's ranks. ENDING: they were killed and are not gone. DONE: all have ended with exit code 0."""
 
     ENDING = "ending"
     WAITING = "waiting"
@@ -52,7 +52,7 @@ class State(StrEnum):
 
 
 class Order(StrEnum):
-    """What a machine has to do. BORDER: let its ranks save and end. WAIT: end its ranks, and ask again.
+    """An order to a machine. BORDER: let its ranks save and end. WAIT: end its ranks, and ask again.
 
     STRANGER: this leader is not its own, which it has to look for.
     """

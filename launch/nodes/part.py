@@ -51,7 +51,7 @@ class Part:
 
     @property
     def common(self) -> dict[str, Any]:
-        """What all machines of a run have to have alike: the rules, and the words that say what is computed."""
+        """The things that all machines of a run have to have alike: the rules, and the words that say what is computed."""
         words = sorted(word.lstrip("+") for word in self.arguments if not OWN_WORDS.match(word.lstrip("+")))
         return {"rules": {name: getattr(self.rules, name) for name in RULES}, "words": words}
 

@@ -1,4 +1,4 @@
-"""How the differences of islands become one: the coefficients of their sum.
+"""Aggregation of the differences of islands into one: the coefficients of their sum.
 
 `mean` weights each by the tokens that it was learned from. `geometric_median` bounds what an island can do whose differences
 are wrong. With d_i the differences and w_i their shares of the tokens it is the point z of the least

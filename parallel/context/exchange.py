@@ -31,7 +31,7 @@ class Members:
 
     @property
     def waiting(self) -> Waiting:
-        """What measures how long this process waits for their messages."""
+        """Makes a context that measures how long this process waits for their messages."""
         return _WAITING.get(self.group.group_name, nullcontext)
 
 

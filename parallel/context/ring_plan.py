@@ -105,7 +105,7 @@ def _plan_document(length: int, size: int, index: int, window: int | None, direc
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a step of one document's ring takes place in that of all rings of a row.
+    """The place of a step of one document's ring in the steps of all rings of a row.
 
     at             where the document begins on this member
     first, members  the first member of its ring, and the number of all

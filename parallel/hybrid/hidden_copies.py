@@ -1,4 +1,4 @@
-"""How much of a row's activations the host can keep at no cost in time: as much as is copied while its blocks compute.
+"""The share of a row's activations that the host can keep at no cost in time: as much as is copied while its blocks compute.
 
 ByteScale (arXiv 2502.21231) calls that share r*. Computation per token grows with a document's length, bytes per token do not:
 of the longest documents most can be offloaded. Imports no torch.
@@ -18,7 +18,7 @@ FORWARD = 0.28
 
 @dataclass(frozen=True)
 class HiddenCopies:
-    """What the share depends on.
+    """The numbers that the share depends on.
 
     costs        seconds of documents, of both passes over all blocks, without embedding and head
     token_bytes  that all blocks together keep of a token

@@ -49,7 +49,7 @@ WAITING: dict[str, Idle] = {
 HOST_ONLY = ("unshard",)
 """Methods that wait on the host alone: on a GPU they only queue a gather on a stream of its own."""
 STATE = ("_all_gather_result", "is_unsharded")
-"""What these ask."""
+"""Attributes of FSDP2's groups that the functions of `WAITING` look at."""
 
 
 def enclose_waiting(module: FSDPModule, mesh: Mesh) -> None:

@@ -30,7 +30,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Header:
-    """What an island sends ahead of its differences.
+    """Numbers that an island sends ahead of its differences.
 
     tokens       that it has learned them from
     stop         whether it wants the run to stop

@@ -1,4 +1,4 @@
-"""What Linux can be told about this process, and tells of others: who may look into it, when it ends, whether it runs."""
+"""Settings of this process in Linux, and the state of others: who may look into it, when it ends, whether it runs."""
 
 from __future__ import annotations
 
