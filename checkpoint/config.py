@@ -45,6 +45,12 @@ class CheckpointConfig:
         " always fit",
         Side.PLACEMENT,  # typed for one start: kept, it would drop state in silence at every later one
     )
+    lost_layers: str = key(
+        "refuse",
+        "where files of the step that resume names are lost or damaged: refuse; neighbours: make the layers in them of those"
+        " beside them (CheckFree), which changes the losses",
+        Side.PLACEMENT,  # typed for one start, as strict is
+    )
     failures: int = key(3, "failed saves in a row after which the run stops")
     timeout: float = key(600.0, "seconds without news from another rank or progress of the writer until a save is given up")
 
@@ -80,6 +86,8 @@ class CheckpointConfig:
             )
         if self.snapshot_folder is not None and self.host_memory_gib is not None:
             refuse("snapshot_folder", "takes no host memory for checkpoint.host_memory_gib to limit", "use one of them")
+        if self.lost_layers not in ("refuse", "neighbours"):
+            refuse("lost_layers", f"there is no way {self.lost_layers!r} to replace layers", "use refuse or neighbours")
         if self.failures < 1:
             refuse("failures", f"{self.failures} failures can't be waited for", "use 1 to stop at the first")
         if not self.timeout > 0:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from ..parallel.fragment import Fragment
 from .control import Control, Round
 from .convert.hugging_face.folder import HuggingFaceFolder, open_folder
 from .convert.hugging_face.reading import check_head, fill
-from .dtypes import as_tensor, name_of
+from .dtypes import name_of
 from .errors import CheckpointError, DamageError
 from .files import Files, hugging_face_folder, is_remote, open_files
 from .folder import StepListing, is_step, list_steps, load_manifest, open_manifest, open_step, read_manifest_text
@@ -28,6 +28,7 @@ from .manifest import Manifest, StoredArray
 from .memory.tier import Recovery, find_recovery, manifest_of, open_recovery
 from .reading.reader import Raw, Reader
 from .reading.shared_reader import SharedReader
+from .rebuild import NOTHING_LOST, RebuildPlan, RebuiltLayers, agree_on_rebuilding
 
 T = TypeVar("T")
 
@@ -48,6 +49,8 @@ class RestoreReport:
     unused      arrays of the checkpoint that no rank asked for (none when strict)
     converted   arrays whose element type was changed on the way: key → "F32 → BF16"
     skipped     newer steps that were refused, each with the reason
+    rebuilt     layers that were lost, and are made of others
+    damage      what was lost: the damage of each file, where layers were rebuilt
     """
 
     source: str
@@ -60,6 +63,8 @@ class RestoreReport:
     unused: list[str] = field(default_factory=list)
     converted: dict[str, str] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+    rebuilt: list[RebuiltLayers] = field(default_factory=list["RebuiltLayers"])
+    damage: list[str] = field(default_factory=list)
     bytes_wanted: int = 0
     bytes_read: int = 0
     seconds: float = 0.0
@@ -87,6 +92,7 @@ def restore(
     control: Control,
     *,
     strict: bool = True,
+    rebuild: bool = False,
     timeout: float = 600.0,
     group: ProcessGroup | None = None,
 ) -> RestoreReport:
@@ -103,6 +109,7 @@ def restore(
 
     strict: refuse if a fragment has no stored array of its shape, or if a stored array is wanted by no rank. Otherwise
     what fits is restored and the rest is reported. Element types may always differ; the values are converted.
+    rebuild: where a step is given and files of it are lost, make the layers in them of those beside them (`rebuild.py`).
     group: a process group of the same ranks, with a CPU backend, that nothing else uses meanwhile. With it each byte that
     several ranks need is read by one of them and passed on.
 
@@ -112,7 +119,8 @@ def restore(
     began = time.perf_counter()
     talk = control.begin("restore", timeout)
     try:
-        report = _restore(location, fragments if callable(fragments) else _always(fragments), talk, strict, group)
+        choose = fragments if callable(fragments) else _always(fragments)
+        report = _restore(location, choose, talk, _Ways(strict, rebuild and _is_own_step(location)), group)
     finally:
         talk.leave()
     report.seconds = time.perf_counter() - began
@@ -124,31 +132,22 @@ def _always(fragments: Iterable[Fragment]) -> Chooser:
     return lambda _: wanted
 
 
-def _restore(
-    location: str | Path,
-    choose: Chooser,
-    talk: Round,
-    strict: bool,
-    group: ProcessGroup | None,
-) -> RestoreReport:
+@dataclass(frozen=True)
+class _Ways:
+    """How strictly steps are restored, and whether what a step has lost is rebuilt: see `restore`."""
+
+    strict: bool
+    rebuild: bool
+
+
+def _restore(location: str | Path, choose: Chooser, talk: Round, ways: _Ways, group: ProcessGroup | None) -> RestoreReport:
     skipped: list[str] = []
     for candidate in _candidates(location, talk):
-        match: _Match | None = None
-        try:
-            step = _open(candidate, location, talk, group)
-            match = _match(step, choose(step.manifest), strict)
-            all_match = group is None or _all_matched(talk, True)
-            answer = _read(match, group) if all_match else {"unused": []}  # another rank says why
-        except DamageError as error:
-            answer = {"damaged": [error.file, error.what, error.block]}
-        except CheckpointError as error:
-            answer = {"refused": str(error)}
-        except BaseException as error:
-            talk.abort(f"restoring from {location} failed: {type(error).__name__}: {error}")
-            raise
-        if group is not None and match is None:
-            _all_matched(talk, False)
-        verdict = _agree(talk, answer, strict)
+        match, verdict = _try(candidate, location, choose, talk, ways, group)
+        lost: list[str] = []
+        if "damaged" in verdict and ways.rebuild:
+            plan, lost = agree_on_rebuilding(lambda candidate=candidate: _open(candidate, location, talk, group), talk)
+            match, verdict = _try(candidate, location, choose, talk, ways, group, plan)
         if "refused" in verdict:
             raise CheckpointError(verdict["refused"])
         if "damaged" not in verdict:
@@ -157,6 +156,7 @@ def _restore(
                 with torch.no_grad():
                     tensor.copy_(values)
             match.report.unused, match.report.skipped = verdict["unused"], skipped
+            match.report.rebuilt, match.report.damage = match.plan.layers, lost
             return match.report
         damage = DamageError(*verdict["damaged"])
         if _is_step(location):
@@ -165,6 +165,34 @@ def _restore(
         log.warning("a checkpoint is passed over: %s", damage)
     reasons = "".join(f"\n  {reason}" for reason in skipped)
     raise CheckpointError(f"{location}: there is no complete checkpoint to restore{reasons}")
+
+
+def _try(
+    candidate: str,
+    location: str | Path,
+    choose: Chooser,
+    talk: Round,
+    ways: _Ways,
+    group: ProcessGroup | None,
+    plan: RebuildPlan = NOTHING_LOST,
+) -> tuple[_Match | None, dict[str, Any]]:
+    """Read a step's values into fresh memory. Return what was read, and the verdict of all ranks (`_agree`)."""
+    match: _Match | None = None
+    try:
+        step = _open(candidate, location, talk, group)
+        match = _match(step, choose(step.manifest), ways.strict, plan)
+        all_match = group is None or _all_matched(talk, True)
+        answer = _read(match, group) if all_match else {"unused": []}  # another rank says why
+    except DamageError as error:
+        answer = {"damaged": [error.file, error.what, error.block]}
+    except CheckpointError as error:
+        answer = {"refused": str(error)}
+    except BaseException as error:
+        talk.abort(f"restoring from {location} failed: {type(error).__name__}: {error}")
+        raise
+    if group is not None and match is None:
+        _all_matched(talk, False)
+    return match, _agree(talk, answer, ways.strict)
 
 
 def read_state(location: str | Path) -> dict[str, Any]:
@@ -198,6 +226,10 @@ def holds_checkpoint(folder: str | Path) -> bool:
 
 def _is_step(location: str | Path) -> bool:
     return hugging_face_folder(location) is not None or is_step(open_files(location))
+
+
+def _is_own_step(location: str | Path) -> bool:
+    return hugging_face_folder(location) is None and _is_step(location)
 
 
 def _candidates(location: str | Path, talk: Round) -> list[str]:
@@ -301,16 +333,21 @@ def _from_first(group: ProcessGroup | None, make: Callable[[], T]) -> T:
 
 @dataclass
 class _Match:
-    """The stored arrays matched with the fragments that they go into. values: tensor, and what it will hold; once read"""
+    """The stored arrays matched with the fragments that they go into.
+
+    plan    what is read in the place of arrays that are lost
+    values  tensor, and what it will hold; once read
+    """
 
     step: _Opened
+    plan: RebuildPlan
     report: RestoreReport
     allow_unused: Collection[str]
     wanted: list[tuple[Fragment, StoredArray]]
     values: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list[tuple[torch.Tensor, torch.Tensor]])
 
 
-def _match(step: _Opened, chosen: Wanted, strict: bool) -> _Match:
+def _match(step: _Opened, chosen: Wanted, strict: bool, plan: RebuildPlan) -> _Match:
     """Check what can be checked without the data."""
     files, manifest, fragments = step.files, step.manifest, chosen.fragments
     report = RestoreReport(files.label(), manifest.step, manifest.state, manifest.run, manifest.commit)
@@ -328,7 +365,7 @@ def _match(step: _Opened, chosen: Wanted, strict: bool) -> _Match:
                 report.converted[fragment.key] = f"{array.dtype} → {live}"
     if strict:
         _refuse_misfits(files, manifest, fragments, report)
-    return _Match(step, report, chosen.allow_unused, wanted)
+    return _Match(step, plan, report, chosen.allow_unused, wanted)
 
 
 def _read(match: _Match, group: ProcessGroup | None) -> dict[str, Any]:
@@ -342,10 +379,9 @@ def _read(match: _Match, group: ProcessGroup | None) -> dict[str, Any]:
     else:
         files, manifest = step.files, step.manifest
         reader = Reader(files, manifest) if group is None else SharedReader(files, manifest, group)
-        arrays: list[Raw] = reader.read((array, fragment.box) for fragment, array in wanted)
-        match.values += [
-            (fragment.tensor, as_tensor(raw, array.dtype)) for (fragment, array), raw in zip(wanted, arrays, strict=True)
-        ]
+        reads = ((source, fragment.box) for fragment, array in wanted for source in match.plan.reads(manifest, array))
+        arrays: Iterator[Raw] = iter(reader.read(reads))
+        match.values += [(fragment.tensor, match.plan.value(array, fragment.box, arrays)) for fragment, array in wanted]
         traffic = reader.traffic
     report.bytes_wanted, report.bytes_read = traffic.wanted, traffic.read
     left = step.manifest.arrays.keys() - {array.key for _, array in wanted}

@@ -58,6 +58,7 @@ from .hooks.hybrid_waiting import MeasureWaiting
 from .hooks.island_history import IslandHistory
 from .hooks.loggers.defaults import default_loggers
 from .hooks.profiling import ProfileStep
+from .hooks.rebuilt_history import RebuiltHistory
 from .hooks.replicas import CompareReplicas
 from .hooks.sampling import SampleText
 from .hooks.saving import Saving
@@ -284,6 +285,7 @@ def _build(
     if config.tasks.names:  # behind the hook that saves: a step that is due for both is saved first
         hooks.append(_task_evaluation(config, build, data, settings.compute, tokenizer_settings))
     if mesh.is_main:
+        hooks.append(RebuiltHistory())
         if engine.islands is not None:
             hooks.append(IslandHistory())
         if mesh.layout.world_size > 1:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from ..checkpoint.errors import CheckpointError
-from ..checkpoint.files import open_files
+from ..checkpoint.files import HUGGING_FACE, open_files
 from ..config.nodes import Custom
 from ..config.problems import ConfigError, Problem
 from ..data.build import build_node
@@ -25,6 +25,7 @@ from ..parallel.legality import Work, layout_and_model_problems
 from ..parallel.limits import engine_problems, float8_problems, masters_problems, measuring_problems
 from ..planner.cluster import load_cluster
 from .derived import build_horizon, checkpoint_folder
+from .find_checkpoint import AUTO_FROM
 from .local_relations import local_problems
 from .schema import RunConfig
 from .stages.record import Place
@@ -94,6 +95,16 @@ def _survival(config: RunConfig, _: Start) -> Iterator[Problem]:
         fix = "save (checkpoint.every), or give launch.nodes as one number"
         value = "null" if every is None else every
         yield Problem("launch.nodes", f"with checkpoint.every={value} a run on other machines would begin anew", fix)
+
+
+def _lost_layers(config: RunConfig, _: Start) -> Iterator[Problem]:
+    """Yield a problem of a wish to rebuild layers of a step that nobody has named."""
+    resume = config.resume
+    if config.checkpoint.lost_layers != "refuse" and (
+        resume in ("none", "auto") or resume.startswith((AUTO_FROM, HUGGING_FACE))
+    ):
+        message = f"with resume={resume} the run goes on from a step that has lost nothing"
+        yield Problem("checkpoint.lost_layers", message, "name the step: resume=<its step-… folder>; or use refuse")
 
 
 def _decoder(config: RunConfig, start: Start) -> Iterable[Problem]:
@@ -300,6 +311,7 @@ RELATIONS = (
     Relation(("optim.local.islands", "optim.name", "parallel", "model", "batch", "trainer", "stages"), _local),
     Relation(("trainer.on_bad_step", "checkpoint.every", "checkpoint.memory_every"), _rewinds),
     Relation(("launch.nodes", "checkpoint.every", "checkpoint.memory_every"), _survival),
+    Relation(("checkpoint.lost_layers", "resume"), _lost_layers),
     Relation(("parallel", "optim.local.islands", "model", "data.seq_len", "trainer.activation", "trainer.compile"), _decoder),
     Relation(("model", "balance", "parallel", "trainer", "batch.micro", "data.seq_len"), _experts),
     Relation(("parallel", "precision"), _engine),

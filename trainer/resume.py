@@ -26,6 +26,7 @@ from .derived import checkpoint_folder
 from .find_checkpoint import is_import, is_inside, saved_progress
 from .guard.journal import read_journal
 from .hooks.base import hooks_by_name
+from .hooks.rebuilt_history import RebuiltHistory
 from .identity import Origin, is_own
 from .loop import Loop
 from .resumed_config import saved_islands
@@ -49,15 +50,15 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
         return Origin(report.run, report.step, report.commit, own=False)
     _same_rules(stated, run.data, checkpoint)
     restore_journal(loop, checkpoint, stated)
-    change = optimizer_change(stated, config)
+    change, rebuild = optimizer_change(stated, config), config.checkpoint.lost_layers == "neighbours"
     if change is not None:
-        report = restore_weights(loop.engine, loop.mesh, checkpoint, run.place)
+        report = restore_weights(loop.engine, loop.mesh, checkpoint, run.place, rebuild=rebuild)
         if loop.mesh.is_main:
             log.warning("optim: the state of %s is left out, and that of %s begins anew", *change)
     else:
         loop.engine.prepare_restore()
         wanted = _chooser(loop, elastic=config.optim.local.quorum is not None)
-        report = _restore(loop.mesh, checkpoint, wanted, run.place, strict=config.checkpoint.strict)
+        report = _restore(loop.mesh, checkpoint, wanted, run.place, strict=config.checkpoint.strict, rebuild=rebuild)
         _refuse_other_weights(loop.mesh, checkpoint, report)
         _load_counters(loop, report)
     state = report.state
@@ -70,7 +71,7 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
     # Under a measuring controller a resumed run keeps its current batch size, whatever chose it.
     if not (begins and run.place is not None and run.place.begins("batch")):
         loop.controller.load_state_dict({"target": loop.progress.batch, **state["controller"]})
-    _restore_guard(run, state, begins=begins)
+    _restore_guard(run, state, anew=begins or bool(report.rebuilt))
     own = is_inside(checkpoint, folder) and from_main(loop.mesh, lambda: is_own(report.run, folder))
     hooks = hooks_by_name(loop.hooks)
     if own and run.saving is not None:
@@ -78,6 +79,7 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
     for name, hook in hooks.items():
         if own or not hook.of_one_run:
             hook.load_state_dict(state["hooks"].get(name, {}))
+    _note_rebuilt(loop, report)
     return Origin(report.run, report.step, report.commit, own)
 
 
@@ -104,11 +106,21 @@ def restore_journal(loop: Loop, checkpoint: Path | str, state: dict[str, Any] | 
     loop.guard.journal.add([*rewinds, *found])
 
 
-def _restore_guard(run: Run, state: dict[str, Any], *, begins: bool) -> None:
-    """Load the statistic of past steps, unless it is of other data. It is the first island's: others begin anew."""
+def _note_rebuilt(loop: Loop, report: RestoreReport) -> None:
+    """Tell the hook that keeps it of layers that the step had lost."""
+    for hook in loop.hooks if report.rebuilt else ():
+        if isinstance(hook, RebuiltHistory):
+            hook.add(report.step, report.rebuilt, report.damage)
+
+
+def _restore_guard(run: Run, state: dict[str, Any], *, anew: bool) -> None:
+    """Load the statistic of past steps, which is the first island's: others begin anew.
+
+    anew: whether the loss is on another level: a stage has begun, or layers were lost
+    """
     guard = run.loop.guard
     assert guard is not None
-    same_data = not begins and state["data_fingerprint"] == run.data.fingerprint
+    same_data = not anew and state["data_fingerprint"] == run.data.fingerprint
     if "guard" in state and same_data and run.loop.mesh.island_number == 0:
         guard.load_state_dict(state["guard"])
     guard.suspect_rewound(run.loop.progress.step)
@@ -171,6 +183,7 @@ def _restore(
     place: Place | None,
     *,
     strict: bool,
+    rebuild: bool = False,
 ) -> RestoreReport:
     """Restore on all ranks. Each byte is read by one rank, which sends it to others through a temporary process group.
 
@@ -187,7 +200,7 @@ def _restore(
 
     try:
         control = build_control(mesh, "restore", place)
-        report = restore(checkpoint, choose, control, strict=strict, group=group)
+        report = restore(checkpoint, choose, control, strict=strict, rebuild=rebuild, group=group)
     finally:
         if group is not None:
             dist.destroy_process_group(group)
@@ -198,13 +211,17 @@ def _restore(
     return report
 
 
-def restore_weights(engine: Engine, mesh: Mesh, checkpoint: Path | str, place: Place | None = None) -> RestoreReport:
+def restore_weights(
+    engine: Engine, mesh: Mesh, checkpoint: Path | str, place: Place | None = None, *, rebuild: bool = False
+) -> RestoreReport:
     """Load a checkpoint's weights, with their remainders, on every rank: the optimizer's state stays fresh.
+
+    rebuild: whether layers that are lost are made of those beside them (`restore`)
 
     Raises ConfigError on all ranks if some don't fit.
     """
     weights = [fragment for fragment in engine.fragments() if fragment.role in ("weight", REMAINDER)]
-    report = _restore(mesh, checkpoint, lambda _: Wanted(weights), place, strict=False)
+    report = _restore(mesh, checkpoint, lambda _: Wanted(weights), place, strict=False, rebuild=rebuild)
     _refuse_other_weights(mesh, checkpoint, report)
     engine.load_counters(engine.counters())
     return report

@@ -48,7 +48,7 @@ EACH = {
     },
     "tasks": {PLACEMENT: "folder", HABIT: "names every few_shot limit"},
     "checkpoint": {
-        PLACEMENT: "folder snapshot_folder strict",
+        PLACEMENT: "folder snapshot_folder strict lost_layers",
         HABIT: "every keep mode memory_every memory_group host_memory_gib device_memory_gib failures timeout",
     },
 }
