@@ -48,6 +48,7 @@ from .all_ranks import raise_on_all_ranks
 from .derived import build_horizon, checkpoint_folder
 from .generation import TextCodec
 from .guard.guard import StepGuard
+from .guard.island_statistics import IslandStatistics
 from .guard.journal import Journal
 from .hooks.base import Hook
 from .hooks.evaluation import Evaluation, EvaluationSet
@@ -298,6 +299,8 @@ def _build(
             hooks += [WarnOfCollapse(shape.experts), ExpertMap(mixtures, output_dir / "experts")]
         hooks += default_loggers(config.logging, output_dir, plain_config(config))
 
+    guard = StepGuard(mesh.island, config.trainer, journal, checkpoint_folder(config), output_dir)
+    local = config.optim.local
     loop = Loop(
         mesh=mesh,
         engine=engine,
@@ -310,7 +313,8 @@ def _build(
         output_dir=output_dir,
         max_grad_norm=config.trainer.max_grad_norm,
         hooks=hooks,
-        guard=StepGuard(mesh.island, config.trainer, journal, checkpoint_folder(config), output_dir),
+        guard=guard,
+        island_statistics=IslandStatistics(mesh, guard, local.islands) if local.active else None,
         stage=None if place is None else place.stage,
     )
     return Run(loop, saving, loader, data, place)

@@ -33,6 +33,7 @@ from .all_ranks import PeerFailed, raise_on_all_ranks
 from .deferred import Deferred
 from .device_timestamp import DeviceTimestamp
 from .guard.guard import StepGuard, TrainingDiverged
+from .guard.island_statistics import IslandStatistics
 from .guard.spikes import Verdict
 from .hooks.base import Hook
 from .signals import StopRequest
@@ -96,6 +97,7 @@ class Loop:
     Under local updating it is one island's: steps are taken by the island's processes alone, and so are its numbers. Islands
     have the same counters, of all their samples and tokens, and what ends the run ends it for all.
 
+    island_statistics  those of the guard, of each island; None: the processes are one
     guard     judges its steps; None: a number that is not finite ends the run
     horizon   of the whole run
     stage     the stage that it trains, of a run that has some
@@ -115,6 +117,7 @@ class Loop:
     max_grad_norm: float | None = None
     hooks: Sequence[Hook] = ()
     guard: StepGuard | None = None
+    island_statistics: IslandStatistics | None = None
     stage: Stage | None = None
     progress: Progress = field(default_factory=Progress)
     stopping: bool = False

@@ -90,10 +90,12 @@ def _chooser(loop: Loop, *, elastic: bool) -> Chooser:
     nor the run have all islands of the step
     """
     mine, present = list(loop.engine.fragments()), loop.mesh.layout.islands
+    statistics = [] if loop.island_statistics is None else list(loop.island_statistics.to_restore())
 
     def choose(manifest: Manifest) -> Wanted:
         gone = {key for key in manifest.arrays if elastic and is_of_absent_island(key, present)}
-        return Wanted(for_islands_of(mine, saved_islands(manifest.state), elastic=elastic), gone)
+        islands = for_islands_of(mine, saved_islands(manifest.state), elastic=elastic)
+        return Wanted([*islands, *(each for each in statistics if each.key in manifest.arrays)], gone)
 
     return choose
 
@@ -114,15 +116,17 @@ def _note_rebuilt(loop: Loop, report: RestoreReport) -> None:
 
 
 def _restore_guard(run: Run, state: dict[str, Any], *, anew: bool) -> None:
-    """Load the statistic of past steps, which is the first island's: others begin anew.
+    """Load the statistic of past steps, of this island. One that the checkpoint does not know begins it anew.
 
     anew: whether the loss is on another level: a stage has begun, or layers were lost
     """
     guard = run.loop.guard
     assert guard is not None
     same_data = not anew and state["data_fingerprint"] == run.data.fingerprint
-    if "guard" in state and same_data and run.loop.mesh.island_number == 0:
-        guard.load_state_dict(state["guard"])
+    statistics = run.loop.island_statistics
+    own = state.get("guard") if statistics is None or run.loop.mesh.island_number == 0 else statistics.restored()
+    if own is not None and same_data:
+        guard.load_state_dict(own)
     guard.suspect_rewound(run.loop.progress.step)
     if guard.journal.left_out and run.loop.mesh.is_main:
         log.info("%d samples of the data are left out, by %d rewinds", guard.journal.left_out, len(guard.journal.rewinds))

@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
+from meshloom.checkpoint.files import open_files
+from meshloom.checkpoint.folder import load_manifest
+from meshloom.checkpoint.reading.compare import read_array
 from meshloom.checkpoint.restore import read_state
 from meshloom.launch.evaluate import read_arguments, resolve_evaluation
 from meshloom.trainer.evaluate import evaluate
+from meshloom.trainer.guard.island_statistics import STATISTICS
 from support.ranks import run_ranks
 from support.tiny_run import body
 
@@ -133,3 +137,28 @@ def test_a_step_that_one_island_takes_again_is_saved_once(tmp_path: Path) -> Non
     words += ["trainer.on_bad_step=skip", "checkpoint.mode=async", "checkpoint.every=2"]
     go(2, tmp_path, *words, SPOIL % (2, 2))
     assert [line["checkpoint_saved"] for line in checkpoints(tmp_path)] == [True] * 2
+
+
+def guarded(step: Path) -> list[list[float]]:
+    """Return the losses that each island's guard has accepted, of a checkpoint; nothing of one that was absent."""
+    files = open_files(step)
+    array = read_array(files, load_manifest(files), f"run/{STATISTICS}")
+    return [row[7:][: int(row[1])] if row[0] == 1 else [] for row in array.tolist()]
+
+
+def test_the_guard_of_each_island_goes_on_with_its_own_statistic(tmp_path: Path) -> None:
+    """One that comes begins it anew. The losses of the second follow from those of the first, and of both."""
+    words = ["optim.local={islands:2,inner_steps:1,quorum:1}", "trainer.eval_every=0"]
+    go(2, tmp_path / "two", *words, "trainer.steps=4")
+    go(2, tmp_path / "two", *words, "trainer.steps=6", "resume=auto")
+    first, joint = (rows(tmp_path / "two", key) for key in ("loss", "islands/loss"))
+    second = [2 * joint[step + 1] - first[step] for step in range(1, 6) if step + 1 in joint]
+    found = guarded(tmp_path / "two/checkpoints/step-00000006")
+    assert found[0] == pytest.approx(list(first.values()), rel=1e-12) and len(found[1]) == 6
+    known = [step for step in range(1, 6) if step + 1 in joint]
+    assert [found[1][step - 1] for step in known] == pytest.approx(second, rel=1e-9) and len(known) >= 4
+    step = f"{tmp_path}/two/checkpoints/step-00000006"
+    go(1, tmp_path / "one", *words, "trainer.steps=7", f"resume={step}")
+    assert [len(each) for each in guarded(tmp_path / "one/checkpoints/step-00000007")] == [7, 0]
+    go(2, tmp_path / "again", *words, "trainer.steps=8", f"resume={tmp_path}/one/checkpoints/step-00000007")
+    assert [len(each) for each in guarded(tmp_path / "again/checkpoints/step-00000008")] == [8, 1]

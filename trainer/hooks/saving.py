@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ...checkpoint.checkpointer import Checkpointer
@@ -10,6 +10,7 @@ from ...checkpoint.errors import SavesFailed
 from ...checkpoint.identity import RunIdentity
 from ...checkpoint.report import SaveReport
 from ...optim.progress import Progress
+from ...parallel.fragment import Fragment
 from ...parallel.heartbeat import Phase
 from ..all_ranks import raise_on_all_ranks
 from ..loop import Loop
@@ -37,6 +38,13 @@ def run_state(loop: Loop, fixed: dict[str, Any], absent: Mapping[str, Any]) -> d
             **{name: state for name, hook in hooks_by_name(loop.hooks).items() if (state := hook.state_dict())},
         },
     }
+
+
+def saved_fragments(loop: Loop) -> Iterator[Fragment]:
+    """Yield the arrays of a checkpoint of this moment, of this rank: the engine's, and under islands what their guards know."""
+    yield from loop.engine.fragments()
+    if loop.island_statistics is not None:
+        yield from loop.island_statistics.to_save()
 
 
 class Saving(Hook):
@@ -106,7 +114,7 @@ class Saving(Hook):
     def on_step_end(self, loop: Loop) -> None:
         """Start a save if one is due, and report those that have ended."""
         if not self._prepared and (self._every or self._memory_every):  # the optimizer has its state only after a step
-            self._checkpointer.prepare(loop.engine.fragments())
+            self._checkpointer.prepare(saved_fragments(loop))
             self._prepared = True
         to_disk, in_memory = (bool(every) and loop.progress.step % every == 0 for every in (self._every, self._memory_every))
         if to_disk or in_memory:
@@ -134,7 +142,7 @@ class Saving(Hook):
         state = run_state(loop, self._fixed | self._of_data(loop.progress), self._absent)
         if hold:
             self._held[loop.progress.step] = state
-        step, fragments = loop.progress.step, loop.engine.fragments()
+        step, fragments = loop.progress.step, saved_fragments(loop)
         self._checkpointer.save(step, fragments, state, required=required, disk=disk, hold=hold)
         loop.mesh.heartbeat.beat(Phase.HOOKS)
 
