@@ -6,8 +6,10 @@ gradient of one micro-batch before anything is added to it or reduced: that is D
 2412.21124) for every ZeRO stage, one kernel per weight and micro-batch, and one number per rank in the collective that the
 gradient's norm needs anyway.
 
-Not seen: context parallelism (a rank has only a slice's part of a micro-batch's gradient) and a tied embedding cut by a
-pipeline (its two parts add up on neither rank). `limits.measuring_problems` refuses both.
+Context-parallel ranks each have a part of a worker's gradient. They sum it weight by weight in the hooks (`worker_sums.py`), as
+the square of a sum does not follow from the squares of its parts. A product with the whole gradient does.
+
+Not seen: a tied embedding cut by a pipeline, whose two parts add up on neither rank. `limits.measuring_problems` refuses it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from ..optim.batch.statistics import GradientStatistics
 from .mesh import Mesh
 from .observers import GradientObserver
 from .shards import Placed, Placements, own_part, placements_of
+from .worker_sums import WorkerRanks
 
 
 class Measure(Enum):
@@ -76,6 +79,8 @@ class GradientNoise(GradientObserver):
         self._watched: set[nn.Parameter] = set()
         self.measure = Measure.NOTHING
         self._sums: torch.Tensor | None = None
+        self._sharers = WorkerRanks() if mesh.size("cp") == 1 else WorkerRanks(mesh.group("cp"), 0, mesh.size("cp"))
+        self._arriving: tuple[int, Callable[[], torch.Tensor]] | None = None  # (index of the weight, its piece of a sum)
 
     def _copies_over_tp(self, parameter: nn.Parameter) -> int:
         size = self._mesh.size("tp")
@@ -98,15 +103,27 @@ class GradientNoise(GradientObserver):
                 return
             mine = own_part(gradient, placements)
             accum_dtype = torch.float64 if mine.dtype == torch.float64 else torch.float32
-            self._norms[index].append(torch.linalg.vector_norm(mine, dtype=accum_dtype))
+            if self._sharers.count == 1:
+                self._norms[index].append(torch.linalg.vector_norm(mine, dtype=accum_dtype))
+            else:  # the last weight's sum arrived while this gradient was computed, unless a rank is slow
+                with self._mesh.compute_time.waiting():
+                    self._finish_sum()
+                self._arriving = index, self._sharers.start_sum(mine, accum_dtype)
             if self.measure is Measure.PROJECTIONS:
                 self._kept[index].append(mine.to("cpu", accum_dtype, copy=True))
 
         return hook
 
+    def _finish_sum(self) -> None:
+        """Wait for the sum under way, and take the norm of this rank's piece."""
+        if self._arriving is not None:
+            index, piece = self._arriving
+            self._norms[index].append(torch.linalg.vector_norm(piece()))
+            self._arriving = None
+
     def begin(self, share: Share, global_tokens: torch.Tensor) -> None:
         """Clear the last step, and record each micro-batch's share of the tokens, in the order of their backward passes."""
-        self._sums = None
+        self._sums = self._arriving = None
         if self.measure is Measure.NOTHING:
             return
         self._norms: list[list[torch.Tensor]] = [[] for _ in self._index]
@@ -141,6 +158,7 @@ class GradientNoise(GradientObserver):
 
     def _worker_squares(self) -> torch.Tensor:
         """Compute this rank's part of Σ_j ‖L_j‖² / w_j over all ranks' micro-batches, to be summed over all processes."""
+        self._finish_sum()
         unseen = "a weight's gradient went unseen; was the engine built with `measures`?"
         assert all(len(norms) == len(self._shares_K) for norms in self._norms), unseen
         stacked = torch.stack([norm for norms in self._norms for norm in norms])  # one stack per weight would be a kernel each
@@ -159,4 +177,5 @@ class GradientNoise(GradientObserver):
                 products_K[number] += torch.sum(part.to(whole.device, whole.dtype) * whole, dtype=torch.float64)
             kept.clear()
         self._mesh.sum(products_K, "pp")
-        return self._mesh.sum((products_K.square() / self._shares_K).sum(), "data")
+        self._mesh.sum(products_K, "cp")  # a rank's part of a gradient has a part of the product
+        return self._mesh.sum((products_K.square() / self._shares_K).sum() / self._sharers.count, "data")

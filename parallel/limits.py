@@ -78,8 +78,6 @@ def measuring_problems(parallel: ParallelConfig, tied: bool, projections: bool) 
     if parallel.hdp != "none":
         text = "it measures the gradients of micro-batches, which hybrid data parallelism cuts by cost"
         problems.append(Problem("batch", text, f"{fix} parallel.hdp=none"))
-    if parallel.cp > 1:
-        problems.append(Problem("batch", "gradients can't be measured under context parallelism", f"{fix} parallel.cp=1"))
     if parallel.pp > 1 and tied:
         problems.append(
             Problem("batch", "the gradient of a tied embedding can't be measured in a pipeline", f"{fix} model.tied=false")

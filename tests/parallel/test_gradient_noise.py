@@ -70,12 +70,19 @@ LAYOUTS = [
     (2, ParallelConfig(pp=2, schedule="1f1b")),
     (2, ParallelConfig(pp=2, schedule="zb", zero=2)),
     (8, ParallelConfig(pp=2, tp=2, zero=3)),
+    *[(2, ParallelConfig(cp=2, zero=zero)) for zero in (0, 1, 2, 3)],
+    (2, ParallelConfig(cp=2, cp_kind="ulysses")),
+    (4, ParallelConfig(cp=4, zero=1)),
+    (4, ParallelConfig(cp=2, zero=3)),
+    (4, ParallelConfig(cp=2, tp=2, zero=2)),
+    (8, ParallelConfig(cp=2, pp=2, schedule="zb", zero=1)),
 ]
 
 
 def title(value: object) -> str:
     if isinstance(value, ParallelConfig):
-        return f"zero{value.zero}-rep{value.replicate}-tp{value.tp}-pp{value.pp}-{value.schedule}"
+        cut = f"cp{value.cp}-{value.cp_kind}-tp{value.tp}-pp{value.pp}-{value.schedule}"
+        return f"zero{value.zero}-rep{value.replicate}-{cut}"
     return str(value)
 
 
@@ -95,7 +102,13 @@ def test_squares_are_those_of_whole_micro_batch_gradients(ranks: int, parallel: 
 
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
-    [(1, ParallelConfig(zero=3)), (2, ParallelConfig(zero=0)), (4, ParallelConfig(zero=3)), (2, ParallelConfig(pp=2))],
+    [
+        (1, ParallelConfig(zero=3)),
+        (2, ParallelConfig(zero=0)),
+        (4, ParallelConfig(zero=3)),
+        (2, ParallelConfig(pp=2)),
+        (4, ParallelConfig(cp=2, zero=1)),
+    ],
     ids=title,
 )
 def test_projections_are_products_with_the_whole_gradient(ranks: int, parallel: ParallelConfig) -> None:
@@ -110,6 +123,7 @@ UNEVEN = [
     (2, ParallelConfig(tp=2)),
     (2, ParallelConfig(pp=2, schedule="1f1b")),
     (4, ParallelConfig(pp=2, schedule="interleaved")),
+    (4, ParallelConfig(cp=2, zero=3)),
 ]
 
 
@@ -146,7 +160,6 @@ def test_one_worker_can_not_be_told_apart() -> None:
 @pytest.mark.parametrize(
     ("parallel", "tied", "projections", "key_word"),
     [
-        (ParallelConfig(cp=2), False, False, "context"),
         (ParallelConfig(hdp="greedy"), False, False, "parallel.hdp=none"),
         (ParallelConfig(pp=2), True, False, "tied"),
         (ParallelConfig(tp=2), False, True, "projections"),

@@ -21,7 +21,6 @@ FIT = [
     ("trainer.on_bad_step", 1, ["trainer.on_bad_step=rewind", "checkpoint.every=null"]),
     ("schedule.warmup", 1, ["schedule.warmup=500", "trainer.steps=100"]),
     ("batch.samples", 1, ["batch=norm_test", "batch.samples=2", "batch.micro=2"]),
-    ("batch", 2, [*MEASURED, "parallel.cp=2"]),
     ("batch", 2, [*MEASURED, "parallel.pp=2", "model.tied=true"]),
     ("batch.micro", 1, ["optim=agvm", "batch.samples=2", "batch.micro=2"]),
     ("batch.stages", 1, ["batch=stages", "batch.stages='0:8 0:16'"]),

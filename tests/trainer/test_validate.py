@@ -193,7 +193,6 @@ def test_a_batch_that_can_never_be_measured_is_refused(composer: Composer) -> No
 @pytest.mark.parametrize(
     ("overrides", "keeps_off"),
     [
-        (["batch=norm_test", "parallel.cp=2"], "context parallelism"),
         (["batch=norm_test", "parallel.pp=2", "model.tied=true"], "tied embedding"),
         (["batch=inner_product", "parallel.tp=2"], "tensor parallelism"),
         (["batch=augmented", "parallel.engine=deepspeed", "parallel.zero=1"], "whole gradient"),

@@ -77,6 +77,7 @@ def test_the_batch_grows_and_the_rate_with_it(alone: list[dict[str, Any]]) -> No
         (3, ["parallel.zero=2"]),
         (4, ["parallel.zero=3"]),
         (4, ["parallel.zero=2", "parallel.replicate=2"]),
+        (2, ["parallel.zero=3", "parallel.cp=2"]),
     ],
 )
 def test_other_layouts_measure_and_grow_alike(
