@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from .attention_delta import row_products
+
 
 def share_without_sinks(lse_BHQ: torch.Tensor, sinks_H: torch.Tensor) -> torch.Tensor:
     """Return the share of the softmax that the keys keep, (B, Q, H, 1)."""
@@ -27,6 +29,6 @@ def sinks_gradient(
 ) -> torch.Tensor:
     """Return the sinks' gradient, (H,). out, lse: with the sinks."""
     wide = lse_BHQ.dtype
-    delta_BHQ = (dout_BQHD.to(wide) * out_BQHD.to(wide)).sum(-1).transpose(1, 2)
+    delta_BHQ = row_products(dout_BQHD, out_BQHD, wide)
     weights_BHQ = torch.exp(sinks_H.to(wide)[:, None] - lse_BHQ)
     return -(weights_BHQ * delta_BHQ).sum((0, 2)).to(sinks_H.dtype)

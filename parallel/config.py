@@ -14,6 +14,7 @@ from .deepspeed.settings import DeepSpeedConfig
 ENGINES = ("torch", "deepspeed")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb", "zbv", "dualpipev")
 CONTEXT_KINDS = ("ring", "ulysses")
+RING_EXCHANGES = ("keys", "queries")
 GRADIENT_EXCHANGES = ("auto", "direct", "hierarchical")
 HYBRID_KINDS = ("none", "greedy")
 YEAR = 365 * 24 * 3600  # clocks of collectives overflow far beyond it
@@ -41,6 +42,11 @@ class ParallelConfig:
         DIRECT,
         "members of a ring (cp, or a document's under hdp) that each send keys to those who see them; in wider rings neighbours"
         " hand them on",
+    )
+    ring_exchange: str = key(
+        "keys",
+        "what members of a ring send to one another: keys (with values), or queries, whose outputs come back; with as many"
+        " heads of both that is less",
     )
     hdp: str = key(
         "none",
@@ -100,6 +106,9 @@ class ParallelConfig:
         if self.ring_direct < 1:
             fix = f"use 1, or {DIRECT} for the GPUs of a host"
             found.append(Problem(f"{key}.ring_direct", f"{self.ring_direct} is no number of members", fix))
+        if self.ring_exchange not in RING_EXCHANGES:
+            fix = f"use {' or '.join(RING_EXCHANGES)}"
+            found.append(Problem(f"{key}.ring_exchange", f"there is no '{self.ring_exchange}'", fix))
         if self.hdp not in HYBRID_KINDS:
             found.append(Problem(f"{key}.hdp", f"there is no '{self.hdp}'", f"use {' or '.join(HYBRID_KINDS)}"))
         elif self.hdp == "none" and self.hdp_tokens is not None:

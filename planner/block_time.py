@@ -13,6 +13,7 @@ from ..models.mixture.config import MixtureConfig
 from ..models.mixture.costs import recomputed_matrices
 from ..models.part_config import AttentionConfig, BlockConfig, LatentAttentionConfig
 from ..parallel.config import ParallelConfig
+from ..parallel.context.traffic import position_bytes
 from ..parallel.layout import Layout
 from .kernel_time import Kernels
 from .memory import Job
@@ -253,16 +254,18 @@ def _context_exchange(
     kv_width = part.kv_width if isinstance(part, AttentionConfig) else q_width
     if work.parallel.cp_kind == "ulysses":
         return 4 * work.cp.exchange(work.tokens * (q_width + kv_width) / 2 / tp * unit)
-    size = work.parallel.cp
-    messages = 2 if backward else 1  # keys, and their gradients
-    if backward and size > work.parallel.ring_direct and part.window is None:
+    size, moved = work.parallel.cp, work.parallel.ring_exchange
+    widths = {"q_width": q_width / tp, "kv_width": kv_width / tp, "heads": part.heads / tp}
+    there, back = position_bytes(moved, **widths, unit=unit, backward=backward)
+    if backward and moved == "keys" and size > work.parallel.ring_direct and part.window is None:
         # Handed on: of keys three quarters, and N times the whole sum of their gradients in fp32 or wider.
-        messages = 0.75 + max(4, unit) / unit * size / (size - 1)
-    hop = work.cp.send(work.tokens * 2 * kv_width / tp * unit) * messages
+        there, back = 0.75 * there, back * max(4, unit) / unit * size / (size - 1)
+    hop = work.cp.send(work.tokens * (there + back))
     beside = attention / size
+    last = work.cp.send(work.tokens * back) if back else 0.0  # no computation is left to hide the last results
     # Partial results of each hop are put together in memory.
     merging = kernels.pointwise(4 * 2 * unit * work.tokens * q_width / tp) * (size - 1) / size
-    return (size - 1) * max(0.0, hop - beside) + merging
+    return max((size - 1) * max(0.0, hop - beside), last) + merging
 
 
 def _recomputation(block: BlockConfig, work: BlockWork, kernels: Kernels, forward: Parts) -> float:

@@ -61,6 +61,7 @@ PARTS: dict[str, dict[str, Any]] = {
     },
 }
 """Parts of a decoder that Llama does not have."""
+SINKS = PARTS["windows, sinks, soft-cap of scores"]
 FEW = 3  # steps of what differs from another row in one thing only
 TABLE: dict[str, tuple[int, Work]] = {
     # data parallelism
@@ -122,6 +123,11 @@ TABLE: dict[str, tuple[int, Work]] = {
     },
     **{f"cp 2, {kind} × HSDP": (4, work(4, cp=2, cp_kind=kind, replicate=2)) for kind in CONTEXT_KINDS},
     **{f"cp 4, {kind}, documents": (4, work(4, FEW, cp=4, cp_kind=kind, documents=True)) for kind in CONTEXT_KINDS},
+    "cp 2, ring, queries × ZeRO-1": (2, work(4, FEW, cp=2, zero=1, ring_exchange="queries", kv_heads=4)),
+    "cp 4, ring, queries, documents, windows, activation=selective": (
+        4,
+        work(2, FEW, cp=4, documents=True, ring_exchange="queries", activation="selective", **SINKS),
+    ),
     "cp 4, ring, documents, keys handed on": (4, work(2, FEW, cp=4, documents=True, ring_direct=1, activation="full")),
     # several at once
     **{f"cp 2, {kind} × tp 2, documents": (4, work(4, cp=2, cp_kind=kind, tp=2, documents=True)) for kind in CONTEXT_KINDS},

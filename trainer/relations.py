@@ -19,6 +19,7 @@ from ..optim.build import build_controller, build_schedule
 from ..optim.optimizers.config import ScheduleFreeConfig
 from ..optim.progress import BEGINNING, Progress
 from ..optim.schedules.coupling import coupling_problems
+from ..parallel.context.sizes import ring_problems
 from ..parallel.hybrid.limits import capacity_problems, hybrid_problems
 from ..parallel.layout import layout_problems
 from ..parallel.legality import Work, layout_and_model_problems
@@ -193,7 +194,9 @@ def _hybrid(config: RunConfig, start: Start) -> Iterator[Problem]:
             yield from (Problem("parallel.hdp_costs", each.message, each.fix) for each in error.problems)
     model = parallel.pp * parallel.cp * parallel.tp
     if start.world_size and not start.world_size % model:
-        yield from capacity_problems(parallel, config.batch.micro_size, config.data.seq_len, start.world_size // model)
+        data_size = start.world_size // model
+        yield from capacity_problems(parallel, config.batch.micro_size, config.data.seq_len, data_size)
+        yield from ring_problems(parallel, data_size)
 
 
 def _folder(config: RunConfig, _: Start) -> Iterator[Problem]:

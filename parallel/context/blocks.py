@@ -14,11 +14,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from .zigzag import Piece
 
 Span = tuple[int, int]
 """Half-open range of positions on a member: [start, stop)."""
+
+Moved = Literal["keys", "queries"]
+"""Side of attention whose tensors are sent to the holder of the other side."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,16 @@ class AttentionBlock:
     queries: Span
     keys: Span
     left: int | None = None
+
+    def span(self, moved: Moved) -> Span:
+        """Return the span of one side."""
+        return self.keys if moved == "keys" else self.queries
+
+    def at(self, moved: Moved, start: int) -> AttentionBlock:
+        """Return the block with the span of one side beginning elsewhere."""
+        first, stop = self.span(moved)
+        span = (start, start + stop - first)
+        return replace(self, keys=span) if moved == "keys" else replace(self, queries=span)
 
 
 @dataclass(frozen=True)
@@ -92,10 +106,10 @@ def _through_window(query: PlacedPiece, key: PlacedPiece, window: int) -> Attent
     return AttentionBlock((query.at, query.at + queries), keys, left if left < keys[1] - keys[0] - 1 else None)
 
 
-def spans_of(blocks: Sequence[AttentionBlock]) -> tuple[Span, ...]:
-    """Return the spans of keys that these blocks need, ascending, each key once."""
+def spans_of(blocks: Sequence[AttentionBlock], moved: Moved = "keys") -> tuple[Span, ...]:
+    """Return the spans of keys (or queries) that these blocks need, ascending, each position once."""
     spans: list[Span] = []
-    for start, stop in sorted(block.keys for block in blocks):
+    for start, stop in sorted(block.span(moved) for block in blocks):
         if spans and start < spans[-1][1]:
             spans[-1] = (spans[-1][0], max(stop, spans[-1][1]))
         else:
@@ -103,15 +117,16 @@ def spans_of(blocks: Sequence[AttentionBlock]) -> tuple[Span, ...]:
     return tuple(spans)
 
 
-def from_message_start(blocks: Sequence[AttentionBlock], spans: Sequence[Span]) -> tuple[AttentionBlock, ...]:
-    """Count the blocks' keys from the start of a message that holds these spans of them."""
-    moved: list[AttentionBlock] = []
+def from_message_start(
+    blocks: Sequence[AttentionBlock], spans: Sequence[Span], moved: Moved = "keys"
+) -> tuple[AttentionBlock, ...]:
+    """Count the blocks' keys (or queries) from the start of a message that holds these spans of them."""
+    counted: list[AttentionBlock] = []
     for block in blocks:
-        before = 0
+        first, before = block.span(moved)[0], 0
         for start, stop in spans:
-            if start <= block.keys[0] < stop:
-                at = before + block.keys[0] - start
-                moved.append(replace(block, keys=(at, at + block.keys[1] - block.keys[0])))
+            if start <= first < stop:
+                counted.append(block.at(moved, before + first - start))
                 break
             before += stop - start
-    return tuple(moved)
+    return tuple(counted)

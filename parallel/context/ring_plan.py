@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .blocks import AttentionBlock, PlacedPiece, Span, blocks_between, place_cut_documents
+from .blocks import AttentionBlock, Moved, PlacedPiece, Span, blocks_between, place_cut_documents
 from .hand_on import handed_steps
 from .steps import Receive, Return, Send, Step, direct_steps
 from .zigzag import Piece, cut_document, deal_pieces
@@ -30,34 +30,61 @@ class RingPlan:
     steps: tuple[Step, ...]
     own_blocks: tuple[AttentionBlock, ...] = ()
 
+    @property
+    def receives(self) -> bool:
+        """True if this member computes on what others send."""
+        return any(step.receives for step in self.steps)
+
+    @property
+    def returns(self) -> bool:
+        """True if others' results are added to those of this member."""
+        return any(each.spans for step in self.steps for each in step.returns)
+
 
 @lru_cache(maxsize=256)
-def plan_whole(length: int, size: int, index: int, window: int | None = None, direct: int = DIRECT) -> RingPlan:
+def plan_whole(
+    length: int, size: int, index: int, window: int | None = None, direct: int = DIRECT, moved: Moved = "keys"
+) -> RingPlan:
     """Plan for rows that are one document each; spans hold for every row of a batch alike."""
-    return plan_exchange(deal_pieces((0, length), length, size), index, window, direct)
+    return plan_exchange(deal_pieces((0, length), length, size), index, window, direct, moved)
 
 
 @lru_cache(maxsize=64)
 def plan_documents(
-    cu_seqlens: tuple[int, ...], length: int, size: int, index: int, window: int | None = None, direct: int = DIRECT
+    cu_seqlens: tuple[int, ...],
+    length: int,
+    size: int,
+    index: int,
+    window: int | None = None,
+    direct: int = DIRECT,
+    moved: Moved = "keys",
 ) -> RingPlan:
     """Plan for packed rows, and remember the plan: every layer asks for that of the same micro-batch."""
-    return plan_exchange(deal_pieces(cu_seqlens, length, size), index, window, direct)
+    return plan_exchange(deal_pieces(cu_seqlens, length, size), index, window, direct, moved)
 
 
-def plan_exchange(pieces: Sequence[Sequence[Piece]], index: int, window: int | None = None, direct: int = DIRECT) -> RingPlan:
+def plan_exchange(
+    pieces: Sequence[Sequence[Piece]],
+    index: int,
+    window: int | None = None,
+    direct: int = DIRECT,
+    moved: Moved = "keys",
+) -> RingPlan:
     """Plan the part of member `index` in an attention whose members hold these pieces, each in its order.
 
     Pieces of one document lie side by side on a member, ascending.
     window: positions that a query sees, its own included; None: all before it
     direct: the most members of a document that send its keys directly; more than that hand them on, if they are most of the
     ring: keys that are handed on pass all of it. Through a window all send directly
+    moved: what members send; queries all send directly
     """
     placed = place_cut_documents(pieces)
     members = Counter(document for own in placed for document in {piece.document for piece in own})
     most = max(direct, len(pieces) // 2)
-    wide = {document for document, count in members.items() if count > most} if window is None else set[int]()
-    steps = direct_steps(_only(placed, wide, inside=False), index, window)
+    wide = {document for document, count in members.items() if count > most}
+    if window is not None or moved == "queries":
+        wide = set[int]()
+    steps = direct_steps(_only(placed, wide, inside=False), index, window, moved)
     if wide:  # first in each exchange: what is handed on names messages by their numbers
         handed = handed_steps(_only(placed, wide, inside=True), index)
         steps = [one.followed_by(other) for one, other in zip(handed, steps, strict=True)]
@@ -71,12 +98,14 @@ def _only(placed: Sequence[Sequence[PlacedPiece]], documents: set[int], *, insid
 
 
 @lru_cache(maxsize=64)
-def plan_rings(rings: tuple[int, ...], index: int, window: int | None = None, direct: int = DIRECT) -> RingPlan:
+def plan_rings(
+    rings: tuple[int, ...], index: int, window: int | None = None, direct: int = DIRECT, moved: Moved = "keys"
+) -> RingPlan:
     """Plan a row whose first documents are shared, each with a run of members of its own, and whose others are whole.
 
     rings: the number of all members, that of shared documents, (length, first member, number of members) of each, then the
     lengths of whole ones. Behind the last member comes the first. index: of this member among all. Members that share a
-    document must hold it in rows that they run at the same time. direct: see `plan_exchange`, of each document's ring.
+    document must hold it in rows that they run at the same time. direct, moved: see `plan_exchange`, of each document's ring.
     In each exchange all messages are in the order of the documents, on both sides.
     """
     members, count = rings[:2]
@@ -86,35 +115,37 @@ def plan_rings(rings: tuple[int, ...], index: int, window: int | None = None, di
     steps: list[Step] = []
     at = 0
     for length, first, size in shared:
-        plan = _plan_document(length, size, (index - first) % members, window, direct)
+        plan = _plan_document(length, size, (index - first) % members, window, direct, moved)
         own += plan.own
         own_blocks += (_shifted(block, at, at) for block in plan.own_blocks)
         steps += [Step()] * (len(plan.steps) - len(steps))
         earlier = [0, *(len(step.receives) for step in steps), 0]
         for number, step in enumerate(plan.steps):
-            place = _Place(at, first, members, before=earlier[number], after=earlier[number + 2])
+            place = _Place(at, first, members, moved, before=earlier[number], after=earlier[number + 2])
             steps[number] = place.join(steps[number], step)
         at += sum(plan.own)
     return RingPlan((*own, *rings[2 + 3 * count :]), tuple(steps), tuple(own_blocks))
 
 
 @lru_cache(maxsize=256)
-def _plan_document(length: int, size: int, index: int, window: int | None, direct: int) -> RingPlan:
-    return plan_exchange(cut_document(length, size), index, window, direct)
+def _plan_document(length: int, size: int, index: int, window: int | None, direct: int, moved: Moved) -> RingPlan:
+    return plan_exchange(cut_document(length, size), index, window, direct, moved)
 
 
 @dataclass(frozen=True)
 class _Place:
     """The place of a step of one document's ring in the steps of all rings of a row.
 
-    at             where the document begins on this member
+    at              where the document begins on this member
     first, members  the first member of its ring, and the number of all
-    before, after  messages of other rings that come first among those received in the step before, and in that after
+    moved           what members send
+    before, after   messages of other rings that come first among those received in the step before, and in that after
     """
 
     at: int
     first: int
     members: int
+    moved: Moved
     before: int
     after: int
 
@@ -126,18 +157,19 @@ class _Place:
         return all_rings.followed_by(Step(tuple(receives), tuple(sends), tuple(returns)))
 
     def _receive(self, each: Receive) -> Receive:
-        blocks = tuple(_shifted(block, self.at, 0) for block in each.blocks)
+        queries, keys = (self.at, 0) if self.moved == "keys" else (0, self.at)
+        blocks = tuple(_shifted(block, queries, keys) for block in each.blocks)
         gradient = None if each.gradient is None else replace(each.gradient, to=self._member(each.gradient.to))
         return replace(each, member=self._member(each.member), blocks=blocks, gradient=gradient)
 
     def _send(self, each: Send) -> Send:
         if each.received is not None:
             return replace(each, member=self._member(each.member), received=self.before + each.received)
-        return replace(each, member=self._member(each.member), keys=self._own_spans(each.keys))
+        return replace(each, member=self._member(each.member), spans=self._own_spans(each.spans))
 
     def _return(self, each: Return) -> Return:
         onto = None if each.onto is None else self.after + each.onto
-        return replace(each, member=self._member(each.member), keys=self._own_spans(each.keys), onto=onto)
+        return replace(each, member=self._member(each.member), spans=self._own_spans(each.spans), onto=onto)
 
     def _member(self, number: int) -> int:
         return (self.first + number) % self.members

@@ -22,6 +22,15 @@ def kind_problems(parallel: ParallelConfig) -> list[Problem]:
     return [Problem("parallel.cp_kind", f"{parallel.cp_kind!r} does not exist", f"use {' or '.join(CONTEXT_KINDS)}")]
 
 
+def ring_problems(parallel: ParallelConfig, members: int) -> list[Problem]:
+    """Say if queries would have to be handed on in a ring of so many members: they are only sent directly."""
+    if parallel.ring_exchange != "queries" or members <= parallel.ring_direct:
+        return []
+    message = f"queries are not handed on, and a ring may have {members} members, more than parallel.ring_direct"
+    fix = f"use keys, or parallel.ring_direct={members}, with which each has messages with all others"
+    return [Problem("parallel.ring_exchange", message, fix)]
+
+
 def context_problems(shape: ContextParallelSizes, parallel: ParallelConfig, seq_len: int) -> list[Problem]:
     """List everything that keeps samples of `seq_len` positions from being cut `parallel.cp` ways."""
     kind, cp = parallel.cp_kind, parallel.cp
@@ -30,6 +39,11 @@ def context_problems(shape: ContextParallelSizes, parallel: ParallelConfig, seq_
     if cp < 2:
         return []
     problems: list[Problem] = []
+    if kind == "ring":
+        problems += ring_problems(parallel, cp)
+    elif parallel.ring_exchange != "keys":
+        message = f"only a ring sends {parallel.ring_exchange}, and parallel.cp_kind is {kind}"
+        problems.append(Problem("parallel.ring_exchange", message, "leave it keys, or use parallel.cp_kind=ring"))
     unit = 2 * cp if kind == "ring" else cp
     if seq_len % unit:
         longer = -(-seq_len // unit) * unit

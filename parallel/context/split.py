@@ -1,7 +1,7 @@
 """Context parallelism: every sample cut over the `cp` ranks, which find each other again inside attention.
 
     parallel.cp_kind  a rank holds                            attention
-    ring              pieces of documents (`zigzag.py`)       keys travel between ranks (`ring.py`)
+    ring              pieces of documents (`zigzag.py`)       keys or queries travel between ranks (`ring.py`)
     ulysses           one contiguous part                     heads are exchanged for positions (`ulysses.py`)
 
 Everything but attention works on a rank's own positions, and the loss is a sum over tokens, so the ranks' losses and
@@ -24,8 +24,10 @@ from ...kernels.attention_blocks import Kernel
 from ...kernels.documents import Documents
 from ..config import CONTEXT_KINDS
 from ..mesh import Mesh
+from .blocks import Moved
 from .exchange import measure_waiting
-from .ring import Ring, on_device, ring_attend, with_ring_part
+from .ring import Ring, ring_attend, with_ring_part
+from .ring_call import on_device
 from .ring_plan import DIRECT
 from .ulysses import ulysses_attend
 from .zigzag import Piece, deal_pieces
@@ -46,16 +48,18 @@ class ContextSlice:
 class ContextParallel:
     """Cuts micro-batches over the cp axis of a mesh, and is the attention that knows of it (`kernels.attention.Attend`)."""
 
-    def __init__(self, mesh: Mesh, kind: str, kernel: Kernel = "cudnn", ring_direct: int = DIRECT) -> None:
+    def __init__(
+        self, mesh: Mesh, kind: str, kernel: Kernel = "cudnn", ring_direct: int = DIRECT, moved: Moved = "keys"
+    ) -> None:
         """Every rank of the cp axis makes one at the same time: the first message needs all of them.
 
-        kernel: what computes a rank's part; ring_direct: `parallel.ring_direct`.
+        kernel: what computes a rank's part; ring_direct: `parallel.ring_direct`; moved: `parallel.ring_exchange`.
         """
         assert kind in CONTEXT_KINDS, kind
         self._plain = CausalAttention(kernel)
         self._kind, self._size, self._index = kind, mesh.layout.cp, mesh.coordinates["cp"]
         self._group = mesh.group("cp")
-        self._ring = Ring(tuple(dist.get_process_group_ranks(self._group)), self._index, self._group, ring_direct)
+        self._ring = Ring(tuple(dist.get_process_group_ranks(self._group)), self._index, self._group, ring_direct, moved)
         mesh.before_closing.append(measure_waiting(self._group, mesh.compute_time.ring_waiting))
         mesh.sum(torch.zeros((), device=mesh.device), "cp")
 

@@ -1,7 +1,9 @@
-"""The exchanges of a ring in order: the messages of each, and what is computed on them. Here each holder sends directly.
+"""The exchanges of a ring in order: the messages of each, and what is computed on them. Here every member sends directly.
 
-In the t-th step a member sends to the one t places after it just those of its keys that this one sees. Over all steps it has
-messages with every other member: a wide ring keeps many connections open. `hand_on.py` has the other way.
+Either keys move to the queries that see them, or queries to the keys that they see (TokenRing, arXiv 2412.20501). In the t-th
+step a member sends to the one t places after it just those of its positions that this one needs. It computes on what it
+receives, and results go back to the sender: gradients of keys, or outputs and gradients of queries. Over all steps it has
+messages with every other member: a wide ring keeps many connections open. `hand_on.py` has another way for keys.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .blocks import AttentionBlock, PlacedPiece, Span, blocks_between, from_message_start, spans_of
+from .blocks import AttentionBlock, Moved, PlacedPiece, Span, blocks_between, from_message_start, spans_of
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class TravellingGradient:
 
 @dataclass(frozen=True)
 class Receive:
-    """Keys that a member receives: from whom, how many, and what it computes on them. Blocks count from the message's start.
+    """Keys or queries that a member receives: from whom, how many, and what it computes on them.
 
+    blocks    count what has moved from the message's start, and the other side on this member
     gradient  None: that of the message goes back to whom it came from
     """
 
@@ -41,33 +44,33 @@ class Receive:
 
 @dataclass(frozen=True)
 class Send:
-    """Keys that a member sends: to whom, and which spans, in the order of the message.
+    """Keys or queries that a member sends: to whom, and which spans, in the order of the message.
 
-    received  of which message of the step before the spans are; None: of its own keys
+    received  of which message of the step before the spans are; None: of its own positions
     """
 
     member: int
-    keys: tuple[Span, ...]
+    spans: tuple[Span, ...]
     received: int | None = None
 
     @property
     def length(self) -> int:
         """Length of the message."""
-        return length_of(self.keys)
+        return length_of(self.spans)
 
 
 @dataclass(frozen=True)
 class Return:
-    """Gradients of keys that a member receives after a step: from whom, how many, and what they are added to.
+    """Results that a member receives after a step: from whom, how many, and what they are added to.
 
-    keys     spans of its own keys
+    spans    of its own positions
     onto     or the gradient that travels with this message of the next step
     travels  whether it has gone from member to member, as a sum in a wider dtype than that of keys
     """
 
     member: int
     length: int
-    keys: tuple[Span, ...] = ()
+    spans: tuple[Span, ...] = ()
     onto: int | None = None
     travels: bool = False
 
@@ -90,19 +93,24 @@ def length_of(spans: Sequence[Span]) -> int:
     return sum(stop - start for start, stop in spans)
 
 
-def direct_steps(placed: Sequence[Sequence[PlacedPiece]], index: int, window: int | None) -> list[Step]:
-    """Plan the N − 1 exchanges of member `index`, in which every holder sends its keys to each member itself.
+def direct_steps(placed: Sequence[Sequence[PlacedPiece]], index: int, window: int | None, moved: Moved = "keys") -> list[Step]:
+    """Plan the N − 1 exchanges of member `index`, in which each sends to every other member itself.
 
     placed: the pieces of each member of documents that are cut; window: positions that a query sees; None: all before it
     """
+
+    def computed(sender: int, receiver: int) -> list[AttentionBlock]:
+        queries, keys = (receiver, sender) if moved == "keys" else (sender, receiver)
+        return blocks_between(placed[queries], placed[keys], window)
+
     size = len(placed)
     steps: list[Step] = []
     for distance in range(1, size):
         source, target = (index - distance) % size, (index + distance) % size
-        seen = blocks_between(placed[index], placed[source], window)
-        spans = spans_of(seen)
-        receive = Receive(source, length_of(spans), from_message_start(seen, spans))
-        send = Send(target, spans_of(blocks_between(placed[target], placed[index], window)))
-        returned = Return(target, send.length, keys=send.keys)
+        blocks = computed(source, index)
+        spans = spans_of(blocks, moved)
+        receive = Receive(source, length_of(spans), from_message_start(blocks, spans, moved))
+        send = Send(target, spans_of(computed(index, target), moved))
+        returned = Return(target, send.length, send.spans)
         steps.append(Step((receive,) * bool(receive.length), (send,) * bool(send.length), (returned,) * bool(send.length)))
     return steps

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Generator, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,8 +61,9 @@ class TorchEngine:
         plan = settings.stages or StagePlan.single(len(model.block_modules()))
         assert plan.count == stage_count(parallel), f"{plan.count} stages are no division for parallel.pp={parallel.pp}"
         stages = own_stages(model, plan, mesh.coordinates["pp"])
-        context = ContextParallel(mesh, parallel.cp_kind, ring_direct=parallel.ring_direct) if mesh.layout.cp > 1 else None
-        attention = HybridAttention(mesh, parallel.ring_direct) if parallel.hdp != "none" else context
+        ring: dict[str, Any] = {"ring_direct": parallel.ring_direct, "moved": parallel.ring_exchange}
+        context = ContextParallel(mesh, parallel.cp_kind, **ring) if mesh.layout.cp > 1 else None
+        attention = HybridAttention(mesh, **ring) if parallel.hdp != "none" else context
         groups = parameter_groups(parallel, mesh.layout, experts_of(model))
         self.weights = Weights(make_strategies(groups, mesh, parallel, settings), mesh, settings.compute)
         fused = fuses_swiglu(model, mesh, parallel, settings), fuses_experts(model, mesh, parallel, settings)

@@ -19,7 +19,7 @@ from meshloom.planner.cluster import ClusterConfig, Rates, load_cluster
 from meshloom.planner.cost import layout_cost
 from meshloom.planner.kernel_time import HIDDEN, Kernels
 from meshloom.planner.memory import Job, optimizer_bytes
-from meshloom.planner.network import gradient_levels, group
+from meshloom.planner.network import gradient_levels, group, group_of
 from meshloom.planner.offload import OffloadAccount
 from meshloom.planner.parameters import decoder_inventory
 from meshloom.planner.software import COMPILED
@@ -97,6 +97,31 @@ def test_what_costs_time_is_a_part_of_its_own() -> None:
         step_time(step(ParallelConfig(zero=3, cp=8, ring_direct=most), slow)).parts["context exchange"] for most in (8, 7)
     )
     assert handed / direct == pytest.approx((1 + 0.75 + 2 * 8 / 7) / (1 + 2), rel=1e-3), "keys, and a sum in fp32"
+
+
+def test_a_ring_of_queries_sends_what_they_take() -> None:
+    """Per query head of 128 elements: keys and values three times, or queries, outputs and gradients, and three numbers."""
+    slow, head = replace(H100, link=0.01), 128 * 2
+    for kv_heads, keys, queries in ((32, 6 * head, 5 * head + 12), (8, 6 * head / 4, 5 * head + 12)):
+        shape = replace(SHAPE, kv_heads=kv_heads)
+        times = [
+            step_time(replace(step(ParallelConfig(zero=3, cp=8, ring_exchange=moved), slow), model=shape)).parts
+            for moved in ("keys", "queries")
+        ]
+        assert times[1]["context exchange"] / times[0]["context exchange"] == pytest.approx(queries / keys, rel=1e-3)
+
+
+def test_the_last_results_of_a_ring_are_hidden_by_nothing() -> None:
+    """Of long documents computation hides all others: outputs and log-sum-exps of queries, gradients of queries or keys."""
+    kernels, tokens = Kernels(replace(ideal(), link=450.0), "bf16"), 32768
+    for moved, forward, backward in (("keys", 0, 2 * 1024 * 2), ("queries", 4096 * 2 + 32 * 4, 4096 * 2)):
+        parallel = ParallelConfig(zero=3, cp=8, ring_exchange=moved)
+        groups = [group_of(kernels.cluster, Layout.plan(parallel, 64), axis) for axis in ("tp", "cp")]
+        work = BlockWork(tokens, 8.0 * tokens, "none", False, False, parallel, COMPILED, *groups)
+        found = block_time(SHAPE.block(0), work, kernels)
+        for parts, back in ((found.forward, forward), (found.to_input, backward)):
+            expected = pytest.approx(tokens * back / groups[1].bandwidth, rel=1e-3, abs=1e-9)
+            assert parts.get("context exchange", 0.0) == expected
 
 
 def test_gradients_cross_the_network_as_their_exchange_says() -> None:

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 
 from meshloom.kernels.attention import CausalAttention
 from meshloom.kernels.documents import Documents
-from meshloom.parallel.context.blocks import AttentionBlock
+from meshloom.parallel.config import RING_EXCHANGES
+from meshloom.parallel.context.blocks import AttentionBlock, Moved
 from meshloom.parallel.context.ring import Ring, ring_attend, with_ring_part
 from meshloom.parallel.context.ring_plan import RingPlan, plan_documents, plan_rings
 from meshloom.parallel.context.steps import Step
+from meshloom.parallel.context.traffic import position_bytes
 from meshloom.parallel.context.zigzag import cut_document, deal_pieces
 from support.ranks import run_ranks
 
@@ -91,6 +93,7 @@ def share(
     compiled: bool = False,
     scores: Scores = Scores(),
     direct: int = 8,
+    moved: Moved = "keys",
 ) -> list[torch.Tensor]:
     """This rank's output and gradients in a ring of these members. direct: the most that send keys directly."""
     group = dist.group.WORLD
@@ -99,7 +102,7 @@ def share(
     mine = indices(length, len(members), at, documents)
     *leaves, dout = (taken(tensor, mine) for tensor in inputs(length, kv_heads, dtype))
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    ring = Ring(tuple(members), at, group, direct)
+    ring = Ring(tuple(members), at, group, direct, moved)
     packed = None if documents is None else with_ring_part(Documents.of(documents), len(members), at)
 
     how = scores.arguments()
@@ -151,15 +154,17 @@ def cases(size: int) -> list[tuple[int, int, torch.Tensor | None]]:
 
 
 def _every_case(rank: int, size: int) -> list[list[torch.Tensor]]:
-    return [share(rank, list(range(size)), *case, direct=direct) for direct in (8, 1) for case in cases(size)]
+    ways: list[tuple[int, Moved]] = [(8, "keys"), (1, "keys"), (8, "queries")]
+    members = list(range(size))
+    return [share(rank, members, *case, direct=direct, moved=moved) for direct, moved in ways for case in cases(size)]
 
 
 @pytest.mark.parametrize("size", UNEVEN)
 def test_equals_attention_in_one_process(size: int) -> None:
-    """With and without documents, for every ratio of heads, also where lengths do not divide evenly, and handed on."""
+    """With and without documents, for every ratio of heads, also where lengths do not divide evenly; handed on; of queries."""
     expected = [whole(*case) for case in cases(size)]  # before the fork, so that what torch imports late is there
     results = run_ranks(size, _every_case)
-    for number, (length, _, documents) in enumerate(2 * cases(size)):
+    for number, (length, _, documents) in enumerate(3 * cases(size)):
         assert_shares_equal([result[number] for result in results], expected[number % len(expected)], length, documents)
 
 
@@ -168,7 +173,12 @@ SCORES = (Scores(1), Scores(5), Scores(17), Scores(None, 0.6), Scores(7, 0.9, wi
 
 def _every_score(rank: int, size: int) -> list[list[torch.Tensor]]:
     documents = documents_of(24, DOCUMENTS["many"])
-    return [share(rank, list(range(size)), 24, 2, packed, scores=scores) for scores in SCORES for packed in (None, documents)]
+    return [
+        share(rank, list(range(size)), 24, 2, packed, scores=scores, moved=moved)
+        for moved in RING_EXCHANGES
+        for scores in SCORES
+        for packed in (None, documents)
+    ]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -176,7 +186,7 @@ def test_windows_caps_and_sinks_equal_one_process(size: int) -> None:
     documents = documents_of(24, DOCUMENTS["many"])
     expected = [whole(24, 2, packed, scores=scores) for scores in SCORES for packed in (None, documents)]
     results = run_ranks(size, _every_score)
-    for number, want in enumerate(expected):
+    for number, want in enumerate([*expected, *expected]):
         found = [result[number] for result in results]
         assert_shares_equal([each[:4] for each in found], want[:4], 24, documents if number % 2 else None)
         if len(want) == 5:  # the sinks' gradient is summed over the members
@@ -225,17 +235,19 @@ def test_float32_stays_within_rounding() -> None:
 
 
 def _in_bf16(rank: int, size: int) -> list[list[torch.Tensor]]:
-    return [share(rank, list(range(size)), 128, 1, None, torch.bfloat16, direct=direct) for direct in (8, 1)]
+    ways: list[tuple[int, Moved]] = [(8, "keys"), (1, "keys"), (8, "queries")]
+    return [share(rank, list(range(size)), 128, 1, None, torch.bfloat16, direct=direct, moved=moved) for direct, moved in ways]
 
 
-def test_gradients_of_keys_are_summed_in_fp32() -> None:
+def test_gradients_are_summed_in_fp32() -> None:
     """Each of eight parts is rounded once, and their sum once. Summed in bf16 the error is half as large again."""
     *leaves, dout = (tensor.double() for tensor in inputs(128, 1, torch.bfloat16))
     leaves = [leaf.requires_grad_() for leaf in leaves]
     out = CausalAttention()(leaves[0], leaves[1], leaves[2], None, scale=0.4)
     expected = torch.autograd.grad(out, leaves, dout)
     results = run_ranks(8, _in_bf16)
-    for number, way in product((1, 2), (0, 1)):  # keys, values; sent directly, handed on
+    # Queries where queries move; keys, values; sent directly, handed on, not sent.
+    for number, way in ((0, 2), *product((1, 2), (0, 1, 2))):
         shares = [result[way] for result in results]
         parts = [(part[1 + number], taken(expected[number], indices(128, 8, at))) for at, part in enumerate(shares)]
         error = torch.cat([(got.double() - want).flatten() for got, want in parts]).norm()
@@ -252,11 +264,14 @@ def packed_rows(draw: st.DrawFn) -> tuple[list[int], int, int]:
 
 
 def pairs_of_steps(
-    plans: list[RingPlan], holds: list[list[int]], seen: Callable[[AttentionBlock], Iterator[tuple[int, int]]]
+    plans: list[RingPlan],
+    holds: list[list[int]],
+    seen: Callable[[AttentionBlock], Iterator[tuple[int, int]]],
+    moved: Moved,
 ) -> Counter[tuple[int, int]]:
-    """Play the messages of plans with positions in place of keys, and with pairs in place of gradients.
+    """Play the messages of plans with positions in place of what is moved, and with pairs in place of results.
 
-    Returns the pairs of which gradients come home to the holders of keys. Messages of two members arrive in order.
+    Returns the pairs of which results come home to the holders of what is moved. Messages of two members arrive in order.
     """
     home: Counter[tuple[int, int]] = Counter()
     arrived: list[list[list[int]]] = [[] for _ in plans]
@@ -267,7 +282,7 @@ def pairs_of_steps(
         for member, step in enumerate(steps):
             for send in step.sends:
                 of = holds[member] if send.received is None else arrived[member][send.received]
-                message = [of[position] for start, stop in send.keys for position in range(start, stop)]
+                message = [of[position] for start, stop in send.spans for position in range(start, stop)]
                 assert message and len(message) == send.length
                 keys.setdefault((member, send.member), []).append(message)
         gradients: dict[tuple[int, int], list[tuple[int, Counter[tuple[int, int]]]]] = {}
@@ -277,7 +292,8 @@ def pairs_of_steps(
                 message = keys[receive.member, member].pop(0) if receive.length else []
                 assert len(message) == receive.length
                 arrived[member].append(message)
-                found = Counter((holds[member][q], message[k]) for block in receive.blocks for q, k in seen(block))
+                queries, held = (holds[member], message) if moved == "keys" else (message, holds[member])
+                found = Counter((queries[q], held[k]) for block in receive.blocks for q, k in seen(block))
                 to, length = receive.member, receive.length
                 if receive.gradient is not None:
                     found += travelling[member].pop(at, Counter())
@@ -291,8 +307,8 @@ def pairs_of_steps(
                 length, found = gradients[returned.member, member].pop(0)
                 assert length == returned.length
                 if returned.onto is None:
-                    spans = {holds[member][at] for start, stop in returned.keys for at in range(start, stop)}
-                    assert len(spans) == length and {key for _, key in found} <= spans
+                    spans = {holds[member][at] for start, stop in returned.spans for at in range(start, stop)}
+                    assert len(spans) == length and {pair[moved == "keys"] for pair in found} <= spans
                     home += found
                 else:
                     travelling[member][returned.onto] = found
@@ -300,8 +316,10 @@ def pairs_of_steps(
     return home
 
 
-def assert_pairs_once(plans: list[RingPlan], holds: list[list[int]], sequence: list[int], window: int | None) -> None:
-    """Own sequences and blocks together are exactly the causal pairs inside sequences, and each gradient comes home.
+def assert_pairs_once(
+    plans: list[RingPlan], holds: list[list[int]], sequence: list[int], window: int | None, moved: Moved
+) -> None:
+    """Own sequences and blocks together are exactly the causal pairs inside sequences, and each result comes home.
 
     holds: the positions of each member; sequence: of each position
     """
@@ -323,7 +341,7 @@ def assert_pairs_once(plans: list[RingPlan], holds: list[list[int]], sequence: l
             at += own
         pairs.update((holds[member][q], holds[member][k]) for block in plan.own_blocks for q, k in seen(block))
         assert at == len(holds[member])
-    pairs += pairs_of_steps(plans, holds, seen)
+    pairs += pairs_of_steps(plans, holds, seen, moved)
     expected = {(q, k) for q in range(len(sequence)) for k in range(q + 1) if sequence[q] == sequence[k]}
     expected = {(q, k) for q, k in expected if window is None or q - k < window}
     assert set(pairs) == expected
@@ -331,19 +349,22 @@ def assert_pairs_once(plans: list[RingPlan], holds: list[list[int]], sequence: l
 
 
 DIRECT = st.integers(1, 6)
-"""Members of a ring at most that send directly."""
+"""Members of a ring at most that send keys directly."""
+MOVED = st.sampled_from(RING_EXCHANGES)
 
 
-@given(packed_rows(), st.none() | st.integers(1, 40), DIRECT)
+@given(packed_rows(), st.none() | st.integers(1, 40), DIRECT, MOVED)
 @settings(deadline=None, max_examples=250)
-def test_plans_cover_each_pair_of_positions_once(case: tuple[list[int], int, int], window: int | None, direct: int) -> None:
+def test_plans_cover_each_pair_of_positions_once(
+    case: tuple[list[int], int, int], window: int | None, direct: int, moved: Moved
+) -> None:
     bounds, length, size = case
     sequence = [sum(position >= bound for bound in bounds) for position in range(bounds[-1])]
     dealt = deal_pieces(tuple(bounds), length, size)
     holds = [[at for piece in pieces for at in range(piece.start, piece.start + piece.length)] for pieces in dealt]
     assert sorted(position for held_by in holds for position in held_by) == list(range(bounds[-1]))
-    plans = [plan_documents(tuple(bounds), length, size, member, window, direct) for member in range(size)]
-    assert_pairs_once(plans, holds, sequence, window)
+    plans = [plan_documents(tuple(bounds), length, size, member, window, direct, moved) for member in range(size)]
+    assert_pairs_once(plans, holds, sequence, window, moved)
 
 
 @st.composite
@@ -354,10 +375,10 @@ def rings(draw: st.DrawFn) -> tuple[int, list[tuple[int, int, int]]]:
     return members, draw(st.lists(each, max_size=4))
 
 
-@given(rings(), st.none() | st.integers(1, 40), DIRECT)
+@given(rings(), st.none() | st.integers(1, 40), DIRECT, MOVED)
 @settings(deadline=None, max_examples=150)
 def test_rings_of_any_runs_cover_each_pair_once(
-    case: tuple[int, list[tuple[int, int, int]]], window: int | None, direct: int
+    case: tuple[int, list[tuple[int, int, int]]], window: int | None, direct: int, moved: Moved
 ) -> None:
     members, shared = case
     holds: list[list[int]] = []
@@ -377,10 +398,10 @@ def test_rings_of_any_runs_cover_each_pair_once(
         alone = range(before + member, before + member + 1)  # a document of its own behind them
         holds.append([*held, *alone])
         rings_of_row = (members, len(own), *(number for ring in own for number in ring), 1)
-        plans.append(plan_rings(rings_of_row, member, window, direct))
+        plans.append(plan_rings(rings_of_row, member, window, direct, moved))
     sequence = [number for number, (length, *_) in enumerate(shared) for _ in range(length)]
     sequence += [len(shared) + member for member in range(members)]
-    assert_pairs_once(plans, holds, sequence, window)
+    assert_pairs_once(plans, holds, sequence, window, moved)
 
 
 @pytest.mark.parametrize("size", [3, 4, 12])
@@ -442,3 +463,48 @@ def test_short_documents_travel_nowhere() -> None:
     plan = plan_documents((0, 4, 8, 12, 16), 16, 2, 0)
     assert plan.own == (4, 4)
     assert [(step.receives, step.sends) for step in plan.steps] == [((), ())]
+
+
+def _bytes_sent(rank: int, size: int) -> list[list[int]]:
+    """Bytes that this member sends in the forward pass, and in both, of each case."""
+    post, found = dist.batch_isend_irecv, []
+    sent = 0
+
+    def counted(operations: list[dist.P2POp]) -> list[dist.Work]:
+        nonlocal sent
+        sent += sum(each.tensor.nbytes for each in operations if each.op is dist.isend)
+        return post(operations)
+
+    dist.batch_isend_irecv = counted
+    group = dist.group.WORLD
+    assert group is not None
+    for moved, kv_heads, dtype in BYTES:
+        sent = 0
+        *leaves, dout = (taken(x, indices(64, size, rank)) for x in inputs(64, kv_heads, dtype))
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        out = ring_attend(leaves[0], leaves[1], leaves[2], length=64, ring=Ring(tuple(range(size)), rank, group, 8, moved))
+        forward = sent
+        out.backward(dout)
+        found.append([forward, sent - forward])
+    return found
+
+
+BYTES: list[tuple[Moved, int, torch.dtype]] = [
+    (moved, kv_heads, dtype)
+    for moved in ("keys", "queries")
+    for kv_heads in (1, HEADS)
+    for dtype in (torch.bfloat16, torch.float64)
+]
+
+
+def test_messages_have_the_bytes_that_are_predicted() -> None:
+    """Of three quarters of the positions: keys and values, and their gradients; or queries, outputs, and what is theirs."""
+    size, results = 4, run_ranks(4, _bytes_sent)
+    for number, (moved, kv_heads, dtype) in enumerate(BYTES):
+        unit, positions = dtype.itemsize, ROWS * 64 * (size - 1) * 3 // 4
+        row, key, query = HEADS * max(unit, 4), kv_heads * DIM * unit, HEADS * DIM * unit
+        expected = (2 * key, 4 * key) if moved == "keys" else (2 * query + row, 3 * query + 2 * row)
+        widths = {"q_width": HEADS * DIM, "kv_width": kv_heads * DIM, "heads": HEADS, "unit": unit}
+        for way, (backward, each) in enumerate(zip((False, True), expected, strict=True)):
+            assert sum(result[number][way] for result in results) == positions * each
+            assert sum(position_bytes(moved, **widths, backward=backward)) == each

@@ -88,6 +88,13 @@ def test_slices_cover_a_micro_batch_and_know_their_positions(kind: str, document
         (layout(2, "ring"), 18, "parallel.cp", ["18 positions", "4 equal parts", "data.seq_len=20"]),
         (layout(3, "ulysses"), 16, "parallel.cp", ["3 equal parts", "data.seq_len=18"]),
         (layout(4, "ulysses"), 16, "parallel.cp_kind", ["6 attention heads", "4 ranks", "ring", "1 or 2 or 3 or 6"]),
+        (layout(2, "ulysses", ring_exchange="queries"), 16, "parallel.ring_exchange", ["ulysses", "leave it keys"]),
+        (
+            layout(4, "ring", ring_exchange="queries", ring_direct=3),
+            16,
+            "parallel.ring_exchange",
+            ["4 members", "ring_direct=4"],
+        ),
         (layout(2, "ulysses", tp=2), 16, "parallel.cp_kind", ["3 attention heads", "parallel.tp=2", "parallel.cp=1 or 3"]),
     ],
 )

@@ -54,6 +54,7 @@ def test_rows_are_counted_in_what_kernels_like() -> None:
     ("key", "values"),
     [
         ("parallel.hdp", {"hdp": "best"}),
+        ("parallel.ring_exchange", {"ring_exchange": "values"}),
         ("parallel.hdp_tokens", {"hdp_tokens": 100}),
         ("parallel.hdp_tokens", {"hdp": "greedy", "hdp_tokens": 1, "tp": 2}),
     ],

@@ -54,11 +54,13 @@ CASES = {
         replace(work(8, zero=2, model=(("layers", 4),)), hidden=HiddenCopies(CostModel(0.1, 1.0), 1.0, rate=1.5)),
         work(8, zero=1, model=WINDOW),
         work(8, zero=3, samples=3),
+        work(8, zero=1, ring_exchange="queries", model=(("kv_heads", 4),)),
     ],
     3: [
         work(6, zero=1, samples=1, documents=False),  # nothing is left unshared
         work(7, zero=1, samples=3, ring_direct=2),  # rings of two and of three
         work(6, zero=1, model=WINDOW),
+        work(7, zero=1, samples=3, ring_exchange="queries", model=WINDOW),
     ],
     4: [
         work(8, zero=1, tp=2),
@@ -66,6 +68,7 @@ CASES = {
         work(8, zero=1, ep=4, model=EXPERTS, balance=PRICES),
         work(8, zero=2, ep=2, tp=2, model=EXPERTS),
         work(8, pp=2, zero=1, ring_direct=1),
+        work(5, zero=3, ring_exchange="queries"),
         work(9, pp=2, zero=3, schedule="interleaved", model=(("layers", 4), *WINDOW)),
         work(12, pp=2, zero=0, schedule="zbv", model=(("layers", 4),)),
         work(8, pp=2, zero=2, ep=2, model=EXPERTS, balance=PRICES),
@@ -140,6 +143,7 @@ def main(count: int) -> None:
         tokens = random.randrange(-(-SEQ_LEN // (ranks // (tp * pp))) + tp, 34)
         model = (*random.choice([(), WINDOW]), *(EXPERTS if ep > 1 else ()), ("layers", 4))
         more = {"zero": zero, "tp": tp, "pp": pp, "ep": ep, "schedule": schedule, "ring_direct": random.randrange(1, 5)}
+        more["ring_exchange"] = random.choice(["keys", "queries"])
         case = work(tokens, samples=samples, model=model, **more)
         (found,) = differences(ranks, [case], timeout=100.0)
         layout = f"{ranks} ranks, tp {tp}, pp {pp} ({schedule}), ep {ep}, ZeRO-{zero}"
