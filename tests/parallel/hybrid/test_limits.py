@@ -8,6 +8,7 @@ import pytest
 
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.hybrid.limits import capacity_problems, hybrid_problems
+from support.configs import problems_of
 
 FINE: dict[str, Any] = {"masked": True, "halves": False, "cut_losses": [], "drops_tokens": False, "float8": "none"}
 FINE["keeps_all"] = True
@@ -61,3 +62,10 @@ def test_rows_are_counted_in_what_kernels_like() -> None:
 )
 def test_values_are_checked(key: str, values: dict[str, Any]) -> None:
     assert [problem.key for problem in ParallelConfig(**values).problems()] == [key]
+
+
+def test_queries_are_not_sent_between_more_ranks_than_are_connected() -> None:
+    words = ["recipe=quickstart", "data.document_mask=true", "data.packing=bestfit", "parallel.zero=1", "parallel.hdp=greedy"]
+    words += ["batch.samples=16", "batch.micro=1", "parallel.ring_exchange=queries"]
+    assert "16 members" in problems_of(16, *words)["parallel.ring_exchange"]
+    assert "parallel.ring_exchange" not in problems_of(16, *words, "parallel.ring_direct=16")
