@@ -35,8 +35,10 @@ def ranked(runs: Sequence[Standing]) -> list[int]:
     """
     losses = compared_losses(runs)
 
-    def place(at: int) -> tuple[bool, bool, bool, float]:
+    def place(at: int) -> tuple[int, bool, float]:
         loss, run = losses[at], runs[at]
-        return loss is None, loss is None and run.training is None, not run.finished, 0.0 if loss is None else loss
+        if loss is None:
+            return (2 if run.training is None else 1), not run.finished, 0.0
+        return 0, not run.finished, loss
 
     return sorted(range(len(runs)), key=place)

@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from ..config.compose import Composition, drop_unknown, normalize_override
 from ..config.keys import MISSING, Side, keys_of
 from ..config.renames import FORMER_VALUES, with_moved_targets, with_renamed_keys
-from ..config.structured import literal
+from ..config.structured import literal, with_declared_keys
 from ..optim.batch.config import FITTED, MICRO_SIDE
 from .saved_classes import refuse_unnamed_classes
-from .schema import OPTIONS, run_schema
+from .schema import OPTIONS, groups, run_schema
 from .sides import key_sides
 from .typed import option_of, typed_config
 
@@ -62,10 +62,16 @@ def saved_config(state: Mapping[str, Any]) -> dict[str, Any]:
         kind = option_of(group, found[group]) if group in found else None
         if kind is not None and name in {each.name for each in keys_of(kind)}:
             found[group].setdefault(name, value)
-    launch: dict[str, Any] = found.get("launch") or {}
-    if "placements" in launch:  # JSON keeps the numbers of machines as text
-        launch["placements"] = {int(number): words for number, words in launch["placements"].items()}
-    return found
+    return {name: _with_declared_keys(name, value) for name, value in found.items()}
+
+
+def _with_declared_keys(name: str, value: Any) -> Any:
+    """Return the value of a group with keys of mappings as they are declared: JSON keeps numbers of machines as text."""
+    if not isinstance(value, Mapping):
+        return value
+    node = cast(Mapping[str, Any], value)
+    kind = option_of(name, node) if name in OPTIONS else groups().get(name, (None,))[0]
+    return node if kind is None else with_declared_keys(kind, node)
 
 
 def saved_islands(state: Mapping[str, Any]) -> int:

@@ -14,7 +14,7 @@ from ..config.keys import MISSING
 from ..config.nodes import Custom, find_option
 from ..config.problems import ConfigError, Problem
 from ..config.renames import with_moved_targets
-from ..config.structured import literal, structured
+from ..config.structured import literal, structured, with_text_keys
 from ..data.config import CustomData
 from ..models.config import CustomModel
 from ..optim.batch.config import CustomBatch
@@ -171,7 +171,6 @@ def plain_config(config: RunConfig) -> dict[str, Any]:
         if isinstance(value, Custom):
             found[field.name] = {"_target_": value.path, **value.keys}
         else:
-            found[field.name] = dataclasses.asdict(typing.cast(Any, value)) if dataclasses.is_dataclass(value) else value
-    launch = found["launch"]
-    launch["placements"] = {str(number): words for number, words in launch["placements"].items()}  # JSON has no other keys
+            plain = dataclasses.is_dataclass(value) and dataclasses.asdict(typing.cast(Any, value))
+            found[field.name] = with_text_keys(type(value), plain) if plain else value
     return found
