@@ -73,6 +73,14 @@ class TokenizerSettings:
             return Tokenizer.bytes(fim=self.fim)
         return Tokenizer.load(expand_user(self.setting), self.end_of_document)
 
+    def shortage(self, tokenizer: Tokenizer, key: str) -> list[str]:
+        """Say if the text that the tokenizer was trained on gave fewer tokens than asked for; an empty list if it did not."""
+        if self.setting != "bpe" or tokenizer.vocabulary >= self.vocabulary:
+            return []
+        sample = f"{key.removesuffix('vocabulary')}tokenizer_sample"
+        text = f"the text that the tokenizer is trained on ({sample}: at most {self.sample:,} characters) gave no more"
+        return [f"{key}: {tokenizer.vocabulary:,} tokens in place of {self.vocabulary:,}: {text}"]
+
 
 class Packed:
     """Base of the nodes that read shards: from opened shards to samples."""

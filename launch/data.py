@@ -60,7 +60,10 @@ class VerifyArguments:
 
 
 def tokenize(arguments: TokenizeArguments) -> Path:
-    """Write the shards. Return the folder. Raises ConfigError for bad arguments, ValueError for unreadable documents."""
+    """Write the shards. Return the folder. Raises ConfigError for bad arguments, ValueError for unreadable documents.
+
+    A vocabulary that the text does not fill is told on stderr.
+    """
     from ..config.cache import build_once, cache_folder
     from ..data.corpus import TokenizerSettings
     from ..data.prepare import write_corpus
@@ -110,6 +113,8 @@ def tokenize(arguments: TokenizeArguments) -> Path:
         output.absolute(),
         lambda folder: write_corpus(source, tokenizer, arguments.validation, folder, arguments.shard_tokens),
     )
+    for notice in settings.shortage(tokenizer, "vocabulary"):
+        print(notice, file=sys.stderr)
     return output
 
 

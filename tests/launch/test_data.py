@@ -71,6 +71,16 @@ def test_every_kind_gives_the_same_shards(
     assert alone.validation() is None
 
 
+def test_a_text_too_small_for_the_vocabulary_is_told(inputs: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["tokenize", f"input={inputs / 'a.txt'}", f"output={inputs / 'few'}", "vocabulary=30000"]) == 0
+    given = Tokenizer.load(inputs / "few" / "train").vocabulary
+    assert 257 <= given < 30000
+    assert f"vocabulary: {given:,} tokens in place of 30,000" in capsys.readouterr().err
+    for name, words in {"filled": ["vocabulary=280"], "bytes": ["tokenizer=bytes"]}.items():
+        assert main(["tokenize", f"input={inputs / 'a.txt'}", f"output={inputs / name}", *words]) == 0
+        assert "in place of" not in capsys.readouterr().err
+
+
 def test_bad_arguments_are_named_together_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "there").mkdir()
     bad = ["input=gone.jsonl", f"output={tmp_path}/there", "vocabulary=3", "validation=1", "shard_tokens=0"]
