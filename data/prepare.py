@@ -37,11 +37,15 @@ _TRAINER_VERSION = 1  # raise it when the same documents give another tokenizer
 
 @contextmanager
 def _progress(what: str, total: int | None) -> Generator[Callable[[int], None]]:
+    """Show a bar on stderr until the block ends; in a log, a line before it and one after it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    if not console.is_terminal:  # there the bar is printed once, at the end
+        console.print(f"{what} …", highlight=False, markup=False, soft_wrap=True)
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task(what, total=total)
         yield lambda amount: progress.advance(task, amount)
         progress.update(task, total=1, completed=1)  # the total was a guess

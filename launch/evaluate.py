@@ -67,8 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return refuse(error)
     if resolved.world_size > 1 and not under_torchrun():
-        from .torchrun import TorchRun
+        from .torchrun import TorchRun, say_starting
 
+        if resolved.config.logging.progress:
+            say_starting(resolved.world_size)
         return TorchRun(["--standalone", f"--nproc-per-node={resolved.world_size}", "-m", MODULE, *words]).run()
     return _evaluate_here(resolved, arguments)
 

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from ..config.lazy import psutil
+from ..config.words import counted
 from ..trainer.signals import INTERRUPTED, STOPPING, show_cursor
 
 RANK = "meshloom.launch.rank"
@@ -28,6 +29,13 @@ FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL_SECONDS = 0.2
 KILL_SECONDS = 5.0
 REPEAT_SECONDS = 5.0  # sent again, for a worker that had not installed its handler yet
+
+
+def say_starting(processes: int, machines: int = 1) -> None:
+    """Say on stderr that processes are started, and what takes its time until they say something themselves."""
+    here = " on this machine" if machines > 1 else ""
+    work = "they import PyTorch, prepare the data and build the model"
+    print(f"starting {counted(processes, 'process')}{here}: {work} …", file=sys.stderr, flush=True)
 
 
 class PreparedAgent:

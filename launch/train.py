@@ -32,7 +32,7 @@ from .nodes.placement import place
 from .nodes.refusals import write_refusal
 from .rank import run_here
 from .switches import BAD_CONFIG, read_switches, refuse
-from .torchrun import RANK, PreparedAgent, TorchRun, with_share
+from .torchrun import RANK, PreparedAgent, TorchRun, say_starting, with_share
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -113,6 +113,7 @@ def _single(switches: argparse.Namespace, composer: Composer, composition: Compo
         nonlocal agent
         if several := processes_for_torchrun(config.launch):
             agent = PreparedAgent(with_share(several))
+            _say_starting(config)
 
     try:
         resolved = resolve_composed(composer, composition, switches.overrides, replace(RESOLVING, before_building=prepare))
@@ -126,6 +127,11 @@ def _single(switches: argparse.Namespace, composer: Composer, composition: Compo
     finally:
         if agent is not None:
             agent.dismiss()
+
+
+def _say_starting(config: RunConfig) -> None:
+    if config.logging.progress:
+        say_starting(run_processes(config.launch), config.launch.most_nodes)
 
 
 def start_problems(resolved: ResolvedRun) -> list[Problem]:
@@ -221,6 +227,8 @@ def run_by_torchrun(
     agent: an agent started earlier
     """
     launch = resolved.config.launch
+    if agent is None:
+        _say_starting(resolved.config)
     words = [*without_output_dir(overrides), f"output_dir={quoted(str(resolved.config.output_dir))}"]
     arguments = [*([f"--config-dir={config_dir}"] if config_dir else []), *words]
     max_restarts = restarts(launch, resolved.world_size)

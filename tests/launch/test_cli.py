@@ -210,7 +210,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         stop_requested = False
         number = signal.SIGUSR1
 
-        def __init__(self, arguments: list[str]) -> None:
+        def __init__(self, arguments: list[str], workers: int | None = None) -> None:
             calls.append(list(arguments))
 
         def run(self, agent: PreparedAgent | None) -> int:
@@ -337,7 +337,7 @@ def test_gpus_that_pytorch_can_not_use_are_told(
 
 
 def test_no_agent_is_started_for_a_config_with_a_problem(
-    monkeypatch: pytest.MonkeyPatch, started: list[list[str]], elsewhere: Path
+    monkeypatch: pytest.MonkeyPatch, started: list[list[str]], elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made: list[int] = []
 
@@ -353,8 +353,13 @@ def test_no_agent_is_started_for_a_config_with_a_problem(
     (elsewhere / "file").write_text("")
     for bad in ("optim.lr=-1", "batch.samples=0", "optim.lrr=1", "output_dir=file"):
         assert cli.main([*words, bad]) == 2
-    assert not made
+    assert not made and "starting" not in capsys.readouterr().err
     assert cli.main(words) == 0 and made == [1] and started
+    assert capsys.readouterr().err.count("starting 2 processes: they import PyTorch") == 1
+    assert cli.main([*words, "launch.nodes=3", "logging.progress=false"]) == 0
+    assert "starting" not in capsys.readouterr().err
+    assert cli.main(["train", "-m", *words[1:], "launch.nodes=3", "seed=1,2"]) == 0
+    assert capsys.readouterr().err.count("starting 2 processes on this machine: ") == 2, "one for each run of a sweep"
 
 
 def test_a_folder_that_can_not_be_written_to_is_refused(

@@ -20,7 +20,10 @@ class LoggingConfig:
     SIDE: ClassVar[Side] = Side.HABIT
 
     every: int = key(1, "steps between rows of metrics (the first and last step, and evaluations, always have theirs)")
-    progress: bool = key(True, "show the progress line on rank 0: in place on a terminal, plain lines elsewhere")
+    progress: bool = key(
+        True,
+        "say that processes are started, and show the progress line on rank 0: in place on a terminal, plain lines elsewhere",
+    )
     wandb: bool = key(False, "send metrics to Weights & Biases; WANDB_MODE=offline works without a network")
     project: str | None = key(None, "wandb project; null: that of WANDB_PROJECT, or else meshloom")
     entity: str | None = key(None, "team or user of the wandb run; null: that of WANDB_ENTITY, or else your own")
