@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config.compose import quoted
+from ..config.overrides import quoted
 from ..config.per_host import share_on_host
 from ..config.problems import ConfigError, Problem
 from ..trainer.launching import run_processes, under_torchrun

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..config.compose import quoted
+from ..config.overrides import quoted
 from ..config.problems import ConfigError, Problem
 from .switches import read_switches
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config.compose import normalize_override, quoted
+from ..config.overrides import normalize_override, quoted
 from ..config.problems import ConfigError, Problem
 from ..config.sweeps import job_folder, without_output_dir
 from ..trainer.launching import ContainerConfig

@@ -15,7 +15,9 @@ from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from ..config.compose import FAULTS, HYDRA_VERSION, RECIPES_MODULE, ROOT, quoted, reason_of, task_overrides
+from ..config.compose import FAULTS, HYDRA_VERSION, RECIPES_MODULE, ROOT
+from ..config.fixes import reason_of
+from ..config.overrides import quoted, task_overrides
 from ..config.problems import ConfigError, Problem
 from ..config.sweeps import job_folder, without_output_dir
 from ..trainer.identity import METRICS

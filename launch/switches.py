@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..config.compose import normalize_override
+from ..config.overrides import normalize_override
 from ..config.problems import ConfigError, Problem
 
 BAD_CONFIG = 2

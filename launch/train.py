@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from ..config.compose import HYDRA_VERSION, LAUNCHERS, RECIPES, ROOT, Composer, Composition, quoted
+from ..config.compose import HYDRA_VERSION, LAUNCHERS, RECIPES, ROOT, Composer, Composition
+from ..config.overrides import quoted
 from ..config.problems import ConfigError, Problem
 from ..config.sweeps import without_output_dir
 from ..trainer.host_memory import compare_host_memory

@@ -23,7 +23,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from ..config.compose import quoted
+from ..config.overrides import quoted
 from ..config.problems import ConfigError, Problem
 from ..config.words import counted
 from ..models.costs import flops_per_token

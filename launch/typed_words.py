@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
-from ..config.compose import normalize_override
 from ..config.keys import Side
+from ..config.overrides import normalize_override
 from ..optim.batch.config import MICRO_SIDE
 from ..trainer.schema import RunConfig
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from meshloom.config.compose import OPEN_NODES
 from meshloom.config.keys import keys_of
+from meshloom.config.overrides import OPEN_NODES
 from meshloom.launch.cli import COMMANDS
 from meshloom.planner.cluster import is_cluster_word, load_cluster
 from meshloom.trainer.run import run

@@ -10,10 +10,12 @@ from typing import Any, cast
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.compose import Composition, drop_unknown, normalize_override
+from ..config.compose import Composition
 from ..config.keys import MISSING, Side, keys_of
+from ..config.overrides import normalize_override
 from ..config.renames import FORMER_VALUES, with_moved_targets, with_renamed_keys
 from ..config.structured import literal, with_declared_keys
+from ..config.tree import drop_unknown
 from ..optim.batch.config import FITTED, MICRO_SIDE
 from .saved_classes import refuse_unnamed_classes
 from .schema import OPTIONS, groups, run_schema

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-from ..config.compose import quoted
 from ..config.nodes import find_option
+from ..config.overrides import quoted
 from ..config.problems import ConfigError, Problem
 from .schema import OPTIONS
 

@@ -209,8 +209,8 @@ def register_schemas() -> None:
     from hydra.core.config_store import ConfigStore
     from hydra.core.object_type import ObjectType
 
-    from ..config.compose import SCHEMA
     from ..config.structured import structured
+    from ..config.tree import SCHEMA
 
     store = ConfigStore.instance()
     if store.get_type(f"{SCHEMA}.yaml") is not ObjectType.NOT_FOUND:

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from ...config.compose import quoted
 from ...config.keys import Side
+from ...config.overrides import quoted
 from ...config.structured import literal
 from ...trainer.schema import RunConfig, make_composer
 from ...trainer.sides import key_sides

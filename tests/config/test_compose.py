@@ -9,7 +9,9 @@ import pytest
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 
-from meshloom.config.compose import Composer, near_miss, quoted
+from meshloom.config.compose import Composer
+from meshloom.config.fixes import near_miss
+from meshloom.config.overrides import quoted
 from meshloom.config.problems import ConfigError
 from meshloom.config.renames import RENAMED_KEYS, with_renamed_keys
 from meshloom.config.sweeps import sweep_folder

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ...config.compose import normalize_override, quoted
 from ...config.duration import Duration
+from ...config.overrides import normalize_override, quoted
 from ...config.problems import Problem
 
 NAME = re.compile(r"[A-Za-z][\w-]*")
