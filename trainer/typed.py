@@ -170,7 +170,8 @@ def plain_config(config: RunConfig) -> dict[str, Any]:
         value = vars(config)[field.name]
         if isinstance(value, Custom):
             found[field.name] = {"_target_": value.path, **value.keys}
+        elif dataclasses.is_dataclass(value):
+            found[field.name] = with_text_keys(type(value), dataclasses.asdict(typing.cast(Any, value)))
         else:
-            plain = dataclasses.is_dataclass(value) and dataclasses.asdict(typing.cast(Any, value))
-            found[field.name] = with_text_keys(type(value), plain) if plain else value
+            found[field.name] = value
     return found
