@@ -37,11 +37,11 @@ def model(roles: tuple[str, ...] = ("weight", "exp_avg", "exp_avg_sq"), layers: 
     return found
 
 
-def stage_of(key: str) -> int:
+def stage_of(key: str, stages: list[list[int]]) -> int:
     name = key.partition("/")[2]
     if not name.startswith("layers"):
-        return 0 if name.startswith("embedding") else 2
-    return next(number for number, layers in enumerate(STAGES) if int(name.split(".")[1]) in layers)
+        return 0 if name.startswith("embedding") else len(stages) - 1
+    return next(number for number, layers in enumerate(stages) if int(name.split(".")[1]) in layers)
 
 
 def fragment(key: str, tensor: torch.Tensor, box: Box | None = None) -> Fragment:
@@ -50,13 +50,14 @@ def fragment(key: str, tensor: torch.Tensor, box: Box | None = None) -> Fragment
     return Fragment(name, role, tuple(tensor.shape), box, tensor[box.slices()].clone())
 
 
-def save(folder: Path, arrays: Arrays) -> Path:
+def save(folder: Path, arrays: Arrays, stages: list[list[int]] = STAGES) -> Path:
     def body(control: Control) -> None:
         checkpointer = Checkpointer(folder, control, CheckpointConfig(mode="sync", timeout=60))
-        checkpointer.save(7, [fragment(key, each) for key, each in arrays.items() if stage_of(key) == control.rank], {})
+        mine = [fragment(key, each) for key, each in arrays.items() if stage_of(key, stages) == control.rank]
+        checkpointer.save(7, mine, {})
         checkpointer.finish()
 
-    together(3, body)
+    together(len(stages), body)
     return folder / "step-00000007"
 
 
@@ -132,6 +133,23 @@ def test_the_outermost_layer_stands_for_those_beyond_it(tmp_path: Path) -> None:
     (step / "rank-00001.safetensors").unlink()
     _, report = load(step, arrays)
     assert (report.rebuilt[0].before, report.rebuilt[0].behind) == ([0, 1], [4, 4])
+
+
+def test_two_stages_that_are_lost_are_rebuilt_from_what_is_left(tmp_path: Path) -> None:
+    arrays = model()
+    step = save(tmp_path, arrays, [[0], [1], [2], [3, 4], [5]])
+    for rank in (1, 3):
+        (step / f"rank-{rank:05d}.safetensors").unlink()
+    found, report = load(step, arrays)
+    one, two = report.rebuilt
+    assert ((one.lost, one.before, one.behind), (two.lost, two.before, two.behind)) == (
+        ([1], [0], [2]),
+        ([3, 4], [2, 2], [5, 5]),
+    )
+    for block, layer in ((one, 1), (two, 4)):
+        left, right = (arrays[f"weight/layers.{each[-1]}.norm.weight"] for each in (block.before, block.behind))
+        mean = block.shares[0] * left + block.shares[1] * right
+        torch.testing.assert_close(found[f"weight/layers.{layer}.norm.weight"], mean, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize(
