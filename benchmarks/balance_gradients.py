@@ -1,4 +1,4 @@
-"""How near each way of counting comes to the balance loss of the global batch: gradients of a router, in float64.
+"""Distance of each way of counting from the balance loss of the global batch: gradients of a router, in float64.
 
     python benchmarks/balance_gradients.py
 

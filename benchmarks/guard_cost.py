@@ -1,4 +1,4 @@
-"""What it costs that steps are judged, and copies hashed: a model's step without and with them, in turns.
+"""Cost of judging steps and of hashing copies: a model's step without and with them, in turns.
 
     python benchmarks/guard_cost.py model=1B batch=4 steps=8 rounds=3
 

@@ -1,4 +1,4 @@
-"""What beginning from a Hugging Face folder takes: peak of host memory, bytes read by each rank, seconds.
+"""Cost of beginning from a Hugging Face folder: peak of host memory, bytes read by each rank, seconds.
 
     python benchmarks/hugging_face_memory.py [layers=24] [dim=1024] [ranks=1,4]
 

@@ -64,7 +64,7 @@ SOFTWARE = {
         Software(recomputes_last=True, float8_experts=True, passes=1.2, tensor_overlap=0.6),
     ),
 }
-"""What is known of the programs behind the tables."""
+"""Versions and settings of the programs behind the tables, as far as they are known."""
 
 FLASH_1 = {"a100": ["cluster.rates.attention=0.33", "cluster.rates.attention_backward=0.30"]}
 FLASH_1["h100"] = ["cluster.rates.attention=0.20", "cluster.rates.attention_backward=0.18"]

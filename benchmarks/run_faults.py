@@ -64,7 +64,7 @@ PATIENCE = 120.0
 
 @dataclass
 class Outcome:
-    """What became of one fault. noticed: seconds to the first line that names the rank; ended: to the end of all processes."""
+    """Outcome of one fault. noticed: seconds to the first line that names the rank; ended: to the end of all processes."""
 
     fault: str
     phase: str

@@ -59,7 +59,7 @@ class Settings:
 
 
 class Ends:
-    """What torchtitan asks of a tokenizer: the token that ends a document."""
+    """The part of a tokenizer that torchtitan asks for: the token that ends a document."""
 
     eos_id = END
 

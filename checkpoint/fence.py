@@ -1,4 +1,4 @@
-"""Which start of a run a process belongs to, so that a later start may take a folder from an earlier one that does not end.
+"""The start of a run that a process belongs to, so that a later start may take a folder from an earlier one that does not end.
 
 A machine that is frozen, or cut off from the others, keeps its locks. The machines that go on without it know that it takes no
 part any more: the lease of its leader is over, or the leader has counted it as lost. So the later start takes the folder, and

@@ -91,7 +91,7 @@ class TokenShards:
 
     @property
     def masked(self) -> bool:
-        """Whether some tokens carry no loss."""
+        """True if some tokens carry no loss."""
         return bool(self._learned)
 
     def learned(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:

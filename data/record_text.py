@@ -23,7 +23,7 @@ class MemberError(ValueError):
 
 @dataclass(frozen=True)
 class RecordText:
-    """How a record becomes a document.
+    """Rule by which a record becomes a document.
 
     field     the member with the text
     prompt    the member with a text that stands before it and carries no loss; None: there is none
@@ -38,7 +38,7 @@ class RecordText:
 
     @property
     def masked(self) -> bool:
-        """Whether only a part of each document carries loss."""
+        """True if only a part of each document carries loss."""
         return self.prompt is not None or self.messages is not None
 
     @property

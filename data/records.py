@@ -76,7 +76,7 @@ class RecordFiles(FileSource):
 
     @property
     def masked(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether only a part of each document carries loss."""
+        """True if only a part of each document carries loss."""
         return self.record.masked
 
     def settings(self) -> str:
@@ -294,12 +294,12 @@ class HuggingFace:
 
     @property
     def masked(self) -> bool:
-        """Whether only a part of each document carries loss."""
+        """True if only a part of each document carries loss."""
         return self.record.masked
 
     @property
     def _read(self) -> str:
-        """What is read of a row, for the identity."""
+        """The columns that are read of a row, for the identity."""
         return self.record.settings if self.record.masked else self.record.field
 
     def identity(self, memo: Path) -> str:

@@ -42,7 +42,7 @@ class DocumentSource(Protocol):
 
     @property
     def masked(self) -> bool:
-        """Whether documents are `MarkedText`, of which only some tokens carry loss."""
+        """True if documents are `MarkedText`, of which only some tokens carry loss."""
         ...
 
     def problems(self, key: str) -> list[Problem]:

@@ -38,7 +38,7 @@ def _print(asked: argparse.Namespace, run: ResolvedRun) -> None:
 
 @dataclass(frozen=True)
 class Read:
-    """What samples of a run consist of, from its number `first` on. documents, learned, padding: means of a sample.
+    """Contents of a run's samples, from number `first` on. documents, learned, padding: means of a sample.
 
     after_others  whether other stages come before, so that the run may begin elsewhere in the data
     """

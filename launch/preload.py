@@ -40,4 +40,4 @@ for load in (_import, _import_what_configs_name):
         load()
 gc.freeze()  # ranks neither collect these objects nor copy their pages
 MAY_FORK = not driver.began()
-"""Whether a forked child can use a GPU: the driver has not been initialized here."""
+"""True if a forked child can use a GPU: the driver has not been initialized here."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Standing:
-    """What runs are ranked by.
+    """Values by which runs are ranked.
 
     training, validation  its last losses; None where there is none, and both of a run that has diverged
     finished              whether it has reached its length; True where nobody knows

@@ -28,7 +28,7 @@ class RunData:
 
     @property
     def title(self) -> str:
-        """What it is the data of."""
+        """Name of the data's kind and of the stage that reads it."""
         place = self.run.place
         return f"{self.run.config.data.name}" + ("" if place is None else f", stage {place.stage.name}")
 

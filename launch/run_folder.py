@@ -41,7 +41,7 @@ class Run:
 
     @property
     def metrics(self) -> Metrics:
-        """What the run has written into metrics.jsonl so far."""
+        """The rows that the run has written into metrics.jsonl so far."""
         return Metrics.read(self.folder / METRICS)
 
     @property
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def incidents(self) -> list[dict[str, Any]]:
-        """What has happened to the run besides training, oldest first (docs/resilience.md lists the kinds)."""
+        """Incidents of the run, oldest first (docs/resilience.md lists the kinds)."""
         return list(read_incidents(self.folder))
 
     @property

@@ -1,4 +1,4 @@
-"""Which host a rank is on: asked of the machine itself, not of how ranks were started. Imports no torch."""
+"""The host that a rank is on: asked of the machine itself, not of how ranks were started. Imports no torch."""
 
 from __future__ import annotations
 

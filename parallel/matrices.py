@@ -32,7 +32,7 @@ class Part:
 
 @dataclass
 class Wave:
-    """What this rank does for some matrices: parts per peer, each list in an order that both sides derive.
+    """This rank's work for some matrices: parts per peer, each list in an order that both sides derive.
 
     send     parts of my shards, to the owners       collect  parts of my matrices, from the ranks that hold them
     give     parts of my results, to all holders     receive  parts of my shards' results, from the owners

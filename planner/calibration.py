@@ -52,7 +52,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured.
+    """Measurements of a machine.
 
     copies  bytes per second that a pointwise kernel reads and writes, by size; host: between the GPU and its host
     blocks  (predict: rates → seconds of a block both ways, measured seconds)

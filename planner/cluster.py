@@ -50,7 +50,7 @@ class Island:
 
 @dataclass(frozen=True)
 class Rates:
-    """What kernels and links reach of the data sheet's figures. `meshloom calibrate` measures them on a machine.
+    """Shares of the data sheet's figures that kernels and links reach. `meshloom calibrate` measures them on a machine.
 
     The defaults are an H100's or H200's, with this program's kernels.
     """

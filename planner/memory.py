@@ -80,7 +80,7 @@ class WeightShard:
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """What a rank has of parameters that are gathered together. whole, padded: elements, as `WeightShard`'s of one.
+    """A rank's part of parameters that are gathered together. whole, padded: elements, as `WeightShard`'s of one.
 
     Groups of one kind share their shards, which have the names of the first of them: see `named`.
     ranks    that share the weights after expert parallelism has dealt them out

@@ -25,7 +25,7 @@ def usable_bytes(memory: float) -> float:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run will cost on a cluster.
+    """Predicted cost of a run on a cluster.
 
     step     what is predicted of
     samples  of the global batch
@@ -96,7 +96,7 @@ class Prediction:
 
     @property
     def fits(self) -> bool:
-        """Whether it fits into the GPUs, and what it offloads into their hosts."""
+        """True if it fits into the GPUs, and the part that it offloads into their hosts."""
         local = min(self.gpus, self.cluster.gpus_per_node)
         on_host = self.step.away.host * local <= self.cluster.host_memory * GIB
         return on_host and self.bytes <= usable_bytes(self.cluster.memory * GIB)

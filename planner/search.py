@@ -78,7 +78,7 @@ class Candidate:
 
     @property
     def layout(self) -> tuple[Any, ...]:
-        """What tells its layout apart."""
+        """The settings that tell its layout apart."""
         return tuple(self.settings[key] for key in LAYOUT_KEYS)
 
 

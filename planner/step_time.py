@@ -70,7 +70,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step's time is predicted of.
+    """Inputs of the prediction of a step's time.
 
     away      what a rank offloads
     length    mean positions of a document; None: documents are not told apart

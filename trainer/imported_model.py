@@ -1,4 +1,4 @@
-"""What a run keeps of the Hugging Face model that it began from, for an export. Imports no torch."""
+"""Files of the Hugging Face model that a run began from, kept for an export. Imports no torch."""
 
 from __future__ import annotations
 

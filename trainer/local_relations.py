@@ -1,4 +1,4 @@
-"""What does not go together with local updating, by key. Imports no torch."""
+"""Refusals of what does not go together with local updating, by key. Imports no torch."""
 
 from __future__ import annotations
 

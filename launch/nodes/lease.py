@@ -81,7 +81,7 @@ class LeaseKeeper:
 
 
 class LeaseWatch:
-    """What one machine has seen of the newest term's lease, by its own clock: clocks of machines are never compared.
+    """One machine's view of the newest term's lease, by its own clock: clocks of machines are never compared.
 
     moves  whether the counter has moved since this machine looked first
     """

@@ -1,4 +1,4 @@
-"""What every machine of a run knows, so that any of them can lead it: what has happened so far, and who takes part."""
+"""Knowledge of every machine of a run, so that any can lead it: events so far, and the machines that take part."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Memory:
-    """What has happened to a run.
+    """Events of a run.
 
     launch      the name of this launch; "": none yet
     assignment  the newest; None: none yet

@@ -1,4 +1,4 @@
-"""What a machine is told of the run that it takes part in."""
+"""The part of a machine in a run on several."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OWN_WORDS = re.compile(r"--|launch\.|(\w+\.)*(\w*(dir|folder|path)|input|validat
 
 @dataclass(frozen=True)
 class Rules:
-    """What a run says of its machines.
+    """Rules of a run for its machines.
 
     processes     of each machine
     most          the largest number of them

@@ -72,7 +72,7 @@ class ReportedRun:
 
     @property
     def standing(self) -> Standing:
-        """What the run is ranked by."""
+        """The values by which the run is ranked."""
         return Standing(self.training_loss, self.validation_loss, self.finished)
 
 

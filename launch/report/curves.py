@@ -10,7 +10,7 @@ from ...config.lazy import numpy as np
 from ..run_metrics import Metrics
 
 AXES = {"step": "steps", "tokens": "tokens", "samples": "samples", "seconds": "time in steps"}
-"""Where along a run a number was measured: the field of a step's row, and the label of the axis."""
+"""Axes along a run on which a number is drawn: the field of a step's row, and the label of the axis."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ DRAWN = 4
 
 @dataclass
 class Page:
-    """What the page shows, from its top to its end.
+    """Contents of the page, from its top to its end.
 
     first, then  tables before the charts and after them
     loss         the chart of losses along each axis, of which one is seen at a time

@@ -18,7 +18,7 @@ COLUMNS = 6
 SAVES, INCIDENTS = 20, 200
 """Most rows of a table; the newest are shown."""
 SAVE_PARTS = ("stall", "staging", "writing", "commit", "total")
-"""What a save took, in the order of the table's columns."""
+"""Parts of a save's time, in the order of the table's columns."""
 ABSENT = "–"
 LONGEST = 60
 """Characters of a setting's value."""

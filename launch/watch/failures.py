@@ -73,7 +73,7 @@ def read_failure(folder: AttemptFolder, rank: int, code: int, beat: Beat | None)
 
 @dataclass(frozen=True)
 class Report:
-    """What one machine knows of an attempt that has failed there.
+    """One machine's report of an attempt that has failed there.
 
     failures     its ranks that have failed
     first, last  the steps that its ranks began and ended with, counted from 1; 0: they came to none

@@ -1,4 +1,4 @@
-"""What hosts tell the one that judges: values under names, in the memory of its launcher."""
+"""News of hosts for the one that judges: values under names, in the memory of its launcher."""
 
 from __future__ import annotations
 

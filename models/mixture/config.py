@@ -43,7 +43,7 @@ class PartsConfig:
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """Which layers have a mixture of experts as their feed-forward, and how each token chooses among them."""
+    """Layers with a mixture of experts as their feed-forward, and the choice of each token among the experts."""
 
     SIDE: ClassVar[Side] = Side.RECIPE
 

@@ -1,4 +1,4 @@
-"""When islands exchange which weights: a function of the step alone, so that a resumed run goes on in the same rhythm.
+"""Steps at which islands exchange weights, and which weights: a function of the step alone, so that a resume keeps the rhythm.
 
 A fragment is a group of layers. Each sends its differences once in `inner_steps`, and fragments take turns at equal distances;
 the last one's turn is at multiples of `inner_steps`. Layers are dealt to fragments in strides, as in Streaming DiLoCo (arXiv

@@ -1,4 +1,4 @@
-"""How differences travel between islands: as bytes of the masters' dtype, of bf16, or of int8 with a scale for each block.
+"""Formats of differences that travel between islands: the masters' dtype, bf16, or int8 with a scale for each block.
 
 Sums are always taken in the masters' dtype, after decoding, so a sum over islands rounds only what each of them sends, and its
 own result. Rounding is to nearest.

@@ -31,9 +31,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
     can_skip = False
     """True if `updates` obeys `taken`: false where the method decides on the host by the number of the step."""
     keeps_lr_scale = True
-    """Whether the factors of muP apply to matrices, too: not where the method itself makes steps independent of the width."""
+    """True if the factors of muP apply to matrices, too: not where the method itself makes steps independent of the width."""
     divides_parts = False
-    """Whether each of a matrix's `row_parts` is a matrix by itself."""
+    """True if each of a matrix's `row_parts` is a matrix by itself."""
 
     def __init__(
         self, config: MatrixOptimConfig, parameters: Sequence[NamedParameter], shards: Shards, cost: Callable[[int, int], float]

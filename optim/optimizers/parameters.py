@@ -178,7 +178,7 @@ class Matrix:
 
     @property
     def first_row(self) -> int:
-        """Where the matrix begins in the parameter."""
+        """The row of the parameter at which the matrix begins."""
         if self.parameter.row_parts:
             return sum(self.parameter.row_parts[: self.index])
         return self.index * self.shape[0]

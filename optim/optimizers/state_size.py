@@ -44,7 +44,7 @@ _ARRAYS: dict[type[OptimConfig], int] = {
 
 @dataclass(frozen=True)
 class StateSize:
-    """What an optimizer keeps of one parameter.
+    """Size of the state that an optimizer keeps of one parameter.
 
     element  bytes for each element, where the element is
     owned    bytes for the whole parameter, of which each stacked matrix's part lies on the rank that owns it

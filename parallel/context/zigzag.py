@@ -1,4 +1,4 @@
-"""Which positions of packed rows each member of a ring holds: long documents zig-zag over all members, short ones whole on one.
+"""Positions of packed rows that each member of a ring holds: long documents zig-zag over all members, short ones whole on one.
 
 Under a causal mask a document of n positions has n²/2 score entries, most of them in its late positions. Cut into 2N pieces, of
 which member i of N takes pieces i and 2N − 1 − i (zig-zag; ByteScale, arXiv 2502.21231), every member has the same number. That

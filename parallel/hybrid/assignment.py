@@ -1,4 +1,4 @@
-"""What a plan of hybrid data parallelism says: which rank holds which documents, or parts of them, in which row.
+"""A plan of hybrid data parallelism: which rank holds which documents, or parts of them, in which row.
 
 A *row* is what a rank passes through the model at once. A document that several ranks share is a part of a row on each of them,
 and they must run those rows at the same time. So every shared document has a *wave*: a rank holds all that it shares in a wave
@@ -44,7 +44,7 @@ BLANK = Row()
 
 @dataclass(frozen=True)
 class Span:
-    """When a rank runs a row: it arrives, starts when all that share documents with it have arrived, works, and waits for them.
+    """Times of a rank in a row: it arrives, starts when all that share documents with it have arrived, works, and waits.
 
     arrives, starts, worked, ends  seconds, or the unit of the costs, from the beginning of the step
     """

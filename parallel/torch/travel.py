@@ -1,4 +1,4 @@
-"""How differences travel between islands, in a thread of their own, and come back as their mean.
+"""Exchange the differences of islands in a thread of its own, and bring back their mean.
 
 A rank sends the ranks at its place in the other islands a part each of what it holds (one all-to-all). It decodes what it is
 sent, takes the mean in the masters' dtype, island by island, and sends that to all (one all-gather), encoded once more. With K

@@ -1,4 +1,4 @@
-"""What a launcher leaves to the script of a SLURM job."""
+"""The file that a launcher leaves to the script of a SLURM job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many islands the processes of a run make when machines are lost, written out by hand."""
+"""The number of islands that the processes of a run make when machines are lost, written out by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a model's blocks may compute SwiGLU inside the products around it."""
+"""The check that a model's blocks may compute SwiGLU inside the products around it."""
 
 from __future__ import annotations
 

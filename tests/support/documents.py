@@ -1,4 +1,4 @@
-"""What the documents show: command lines, Python, and files of a user's own."""
+"""Contents of the documents: command lines, Python, and files of a user's own."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from .journal import Journal, Rewind, read_journal
 
 @dataclass(frozen=True)
 class WayBack:
-    """Where a run goes on after a rewind. It is all that rank 0 has to send: the config's nodes may not be picklable.
+    """The point at which a rewound run goes on. It is all that rank 0 has to send: the config's nodes may not be picklable.
 
     checkpoint  to resume from
     record      of the stages begun there; None for a run without stages

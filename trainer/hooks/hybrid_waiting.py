@@ -1,4 +1,4 @@
-"""How long ranks waited under hybrid data parallelism, beside what the plan of the step said."""
+"""Times that ranks waited under hybrid data parallelism, beside what the plan of the step said."""
 
 from __future__ import annotations
 

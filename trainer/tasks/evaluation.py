@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .language_model import LanguageModel
 
 UNVERSIONED = "Yaml"
-"""What lm-eval says of a task without a version."""
+"""The version by lm-eval of a task without one."""
 _SEED = 1234  # lm-eval's own, for few-shot examples and for tasks that draw
 _BOOTSTRAPS = 100_000  # lm-eval's own, for errors of metrics that are no means
 _PAGE = "docs/tasks.md"

@@ -37,7 +37,7 @@ class Score:
 
 @dataclass(frozen=True)
 class _Row:
-    """What the model reads, and the continuations that are scored at the last of its positions."""
+    """Tokens that the model reads, and the continuations that are scored at the last of its positions."""
 
     tokens: tuple[int, ...]
     numbers: list[int]

@@ -1,4 +1,4 @@
-"""Who may take part in a run on several machines, and what is said of a machine that may not."""
+"""Machines that may take part in a run on several, and the message about one that may not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a run that has failed is started again."""
+"""The decision to start a run again that has failed."""
 
 from __future__ import annotations
 

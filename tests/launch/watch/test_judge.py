@@ -1,4 +1,4 @@
-"""Who keeps a run waiting: told from heartbeats alone, for situations whose culprit is known."""
+"""The rank that keeps a run waiting: told from heartbeats alone, for situations whose culprit is known."""
 
 from __future__ import annotations
 

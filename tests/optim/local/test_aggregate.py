@@ -1,4 +1,4 @@
-"""What islands' differences become, beside closed forms and the condition of a geometric median on the whole vectors."""
+"""Aggregates of islands' differences, beside closed forms and the condition of a geometric median on the whole vectors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What differences lose on their way between islands."""
+"""Precision that differences lose on their way between islands."""
 
 from __future__ import annotations
 

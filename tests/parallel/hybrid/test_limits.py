@@ -1,4 +1,4 @@
-"""What hybrid data parallelism can't be combined with, told by key with a fix."""
+"""Refusals of what hybrid data parallelism can't be combined with, by key with a fix."""
 
 from __future__ import annotations
 

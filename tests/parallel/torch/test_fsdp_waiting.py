@@ -1,4 +1,4 @@
-"""What a rank waits for under FSDP2 is not counted as its own work."""
+"""The time that a rank waits under FSDP2 is not counted as its own work."""
 
 from __future__ import annotations
 
