@@ -136,7 +136,7 @@ def table(runs: dict[str, Path]) -> str:
         last = [row for row in rows if "eval_loss" in row][-1]
         steps = [row for row in rows if "loss" in row][-50:]
         busiest = _mean(value for row in steps for key, value in row.items() if key.endswith("/load_max"))
-        domains = " | ".join(f"{last[f'eval_loss/{domain}']:.4f}" for domain in DOMAINS)
+        domains = " | ".join(f"{last[f'validation/{domain}/loss']:.4f}" for domain in DOMAINS)
         information = _mean(value for key, value in last.items() if key.endswith("/information"))
         lines.append(f"| {name} | {last['eval_loss']:.4f} | {domains} | {information:.3f} | {busiest:.2f} |")
     return "\n".join(lines) + "\n"

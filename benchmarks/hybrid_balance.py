@@ -2,9 +2,10 @@
 
     python benchmarks/hybrid_balance.py [draw=docs/pictures/hybrid_balance.svg]
     python benchmarks/hybrid_balance.py stages=4          each rank is the first of a pipeline of four, with 16 rows
+    python benchmarks/hybrid_balance.py equal_at=29212 row_tokens=326       costs that packed_documents.py has measured
 
-A step has 4 rows of 32K tokens a rank. Quadratic and linear cost are equal at 45.6K tokens (a model like Llama 8B); a row costs
-as much as 512 tokens. Ranks that share a document wait for one another. All wait at the end of the step (ZeRO-0 and 1), or
+A step has 4 rows of 32K tokens a rank. Quadratic and linear cost are equal at 45.6K tokens (a model like Llama 8B), and a row costs
+as much as 512 tokens, unless they are given. Ranks that share a document wait for one another. All wait at the end of the step (ZeRO-0 and 1), or
 after each row (in lock-step: ZeRO-2 and 3). No messages are charged. Documents longer than the ranks can hold are cut, for all.
 `static` groups as many ranks as the longest document needs, and cuts every document over its group by itself, which is better
 than a zig-zag of rows.
@@ -28,18 +29,28 @@ from meshloom.parallel.hybrid.pipelined import filled
 from meshloom.parallel.hybrid.planning import assign
 
 CAPACITY = 32 * 1024
-COSTS = CostModel(quadratic=1 / 45_600, linear=1.0, row=512.0)
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass
 class Settings:
-    """draw: file of a picture; least, most: ranks of the points; stages: of a pipeline for each rank."""
+    """draw: file of a picture; least, most: ranks of the points; stages: of a pipeline for each rank.
+
+    equal_at    length of a document whose quadratic and linear costs are equal
+    row_tokens  that cost as much as beginning a row
+    """
 
     draw: str = ""
     least: int = 8
     most: int = 1024
     stages: int = 1
+    equal_at: int = 45_600
+    row_tokens: int = 512
+
+    @property
+    def costs(self) -> CostModel:
+        """Costs in tokens of linear cost."""
+        return CostModel(quadratic=1 / self.equal_at, linear=1.0, row=float(self.row_tokens))
 
 
 @dataclass
@@ -65,16 +76,16 @@ def draw_step(name: str, ranks: int, rows: int) -> list[int]:
     return lengths
 
 
-def simulate(name: str, ranks: int) -> Point:
+def simulate(name: str, ranks: int, costs: CostModel) -> Point:
     """Simulate one step."""
     lengths = draw_step(name, ranks, 4)
-    bound = least_time(lengths, ranks, CAPACITY, COSTS)
+    bound = least_time(lengths, ranks, CAPACITY, costs)
     began = time.process_time()
-    greedy = assign(lengths, ranks, CAPACITY, COSTS)
+    greedy = assign(lengths, ranks, CAPACITY, costs)
     seconds = time.process_time() - began
-    static = assign(lengths, ranks, CAPACITY, COSTS, "static")
-    together = in_lockstep(static), assign(lengths, ranks, CAPACITY, COSTS, "lockstep")
-    over = [plan.step_time(lengths, COSTS) / bound for plan in (static, greedy, *together)]
+    static = assign(lengths, ranks, CAPACITY, costs, "static")
+    together = in_lockstep(static), assign(lengths, ranks, CAPACITY, costs, "lockstep")
+    over = [plan.step_time(lengths, costs) / bound for plan in (static, greedy, *together)]
     return Point(over[0], over[1], over[2], over[3], len(lengths), seconds)
 
 
@@ -82,7 +93,7 @@ def print_pipelines(settings: Settings) -> None:
     """Print a table for pipelines of `stages` ranks, each with 16 rows of the tokens."""
     print("| Lengths | Pipelines | Documents | Rows | Time over the bound | Planning, s |")
     print("|---" * 6 + "|")
-    costs = filled(COSTS, CAPACITY)
+    costs = filled(settings.costs, CAPACITY)
     for name in QUANTILES:
         for ranks in (each for each in RANKS if settings.least <= each <= settings.most):
             lengths = draw_step(name, ranks, 16)
@@ -106,7 +117,7 @@ def main(settings: Settings) -> None:
     for name in QUANTILES:
         for ranks in RANKS:
             if ranks <= settings.most and ranks >= settings.least:
-                found = simulate(name, ranks)
+                found = simulate(name, ranks, settings.costs)
                 curves.setdefault(name, []).append((ranks, found))
                 times = (found.static, found.greedy, found.static_lockstep, found.lockstep)
                 figures = " | ".join(f"{one:.3f}" for one in times)

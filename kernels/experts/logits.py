@@ -1,8 +1,9 @@
 """The router's logits in fp32 from bf16 tokens and weights, without copies of them in fp32.
 
-A product of two bf16 numbers is exact in fp32, so a bf16 product with sums and outputs in fp32 is the fp32 product of both in
-another order of additions. In the backward pass the fp32 gradient of the logits is written as the sum of three bf16 numbers,
-which hold all of its bits, and each is multiplied so.
+A product of two bf16 numbers is exact in fp32, so a bf16 product with sums and outputs in fp32 is the fp32 product of
+both in another order of additions (and, on a matrix unit, without the last bits of a sum: 2e-6 off, where fp32's own
+sums are 2e-7). In the backward pass the fp32 gradient of the logits is written as the sum of three bf16 numbers, which
+hold all of its bits, and each is multiplied so.
 
 Shape legend: T tokens, E experts, D model width.
 """

@@ -183,7 +183,7 @@ def test_a_fused_block_is_the_plain_one(compiled: bool, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("tokens", "count", "dim"), [(32768, 64, 2048), (1000, 7, 96)])
-def test_logits_are_as_good_as_a_product_in_fp32(tokens: int, count: int, dim: int) -> None:
+def test_logits_are_products_summed_in_fp32(tokens: int, count: int, dim: int) -> None:
     torch.manual_seed(tokens)
     x, weight, gradient = draw(tokens, dim), draw(count, dim, std=0.02), torch.randn(tokens, count, device="cuda")
     results: list[list[torch.Tensor]] = []
@@ -193,4 +193,5 @@ def test_logits_are_as_good_as_a_product_in_fp32(tokens: int, count: int, dim: i
         results.append([y.detach(), *torch.autograd.grad(y, own, gradient.to(y.dtype))])
     assert results[0][0].dtype == torch.float32
     for one, other, true in zip(*results, strict=True):
-        assert far(one, true) < max(2 * far(other, true), 1e-6)
+        # A matrix unit drops the last bits of each sum: 2e-6 was measured, and bf16 sums would be 2e-3 off.
+        assert far(one, true) < max(2 * far(other, true), 5e-6)
