@@ -4,11 +4,11 @@
     python benchmarks/hybrid_balance.py stages=4          each rank is the first of a pipeline of four, with 16 rows
     python benchmarks/hybrid_balance.py equal_at=29212 row_tokens=326       costs that packed_documents.py has measured
 
-A step has 4 rows of 32K tokens a rank. Quadratic and linear cost are equal at 45.6K tokens (a model like Llama 8B), and a row costs
-as much as 512 tokens, unless they are given. Ranks that share a document wait for one another. All wait at the end of the step (ZeRO-0 and 1), or
-after each row (in lock-step: ZeRO-2 and 3). No messages are charged. Documents longer than the ranks can hold are cut, for all.
-`static` groups as many ranks as the longest document needs, and cuts every document over its group by itself, which is better
-than a zig-zag of rows.
+A step has 4 rows of 32K tokens a rank. Quadratic and linear cost are equal at 45.6K tokens (a model like Llama 8B), and a
+row costs as much as 512 tokens, unless they are given. Ranks that share a document wait for one another. All wait at the end
+of the step (ZeRO-0 and 1), or after each row (in lock-step: ZeRO-2 and 3). No messages are charged. Documents longer than
+the ranks can hold are cut, for all. `static` groups as many ranks as the longest document needs, and cuts every document
+over its group by itself, which is better than a zig-zag of rows.
 """
 
 # pyright: basic, reportMissingImports=false
