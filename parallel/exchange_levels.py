@@ -57,11 +57,10 @@ def messages(levels: Sequence[int]) -> int:
     return sum(size - 1 for size in levels)
 
 
-def describe(levels: Sequence[int], group: str = "dense") -> str:
-    """Describe the exchange in one line, for logs and plans. group: name of the group of parameters (`Mesh.weight_axes`)"""
+def describe(levels: Sequence[int], what: str = "gradients (dense) are exchanged") -> str:
+    """Describe the exchange in one line, for logs and plans. what: its subject and verb"""
     way = "directly" if len(levels) == 1 else "in levels"
-    ranks = " × ".join(map(str, levels))
-    return f"gradients ({group}) are exchanged {way} among {ranks} ranks: {messages(levels)} messages a rank"
+    return f"{what} {way} among {' × '.join(map(str, levels))} ranks: {messages(levels)} messages a rank"
 
 
 def members(position: int, levels: Sequence[int]) -> list[list[int]]:

@@ -13,6 +13,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from ..optim.optimizers.parameters import LocalMatrices, NamedParameter, WholeMatrices
 from .box import Box
+from .exchange_groups import choose_levels
 from .matrices import MeshMatrices
 from .mesh import Mesh
 
@@ -107,9 +108,11 @@ class Placed:
 class MeshShards:
     """`Shards` over a mesh. Each method but `scatter` is a collective."""
 
-    def __init__(self, mesh: Mesh, placed: dict[str, Placed]) -> None:
+    def __init__(self, mesh: Mesh, placed: dict[str, Placed], exchange: str) -> None:
+        """exchange: `parallel.gradient_exchange`."""
         self._mesh = mesh
         self._placed = placed
+        self._exchange = exchange
         self._copies: dict[tuple[object, ...], torch.Tensor] = {}  # of lists of parameters: the same few in every step
 
     def _copies_of(self, parameters: Sequence[NamedParameter], like: torch.Tensor) -> torch.Tensor:
@@ -151,4 +154,6 @@ class MeshShards:
         """Share the matrices out among the ranks of the stage that hold them."""
         if self._mesh.size("stage") == 1:
             return LocalMatrices(parameters)
-        return MeshMatrices(self._mesh, {each.name: self._placed[each.name].box for each in parameters}, parameters, cost)
+        levels = choose_levels(self._mesh, self._mesh.axes["stage"], self._exchange, "whole matrices travel")
+        boxes = {each.name: self._placed[each.name].box for each in parameters}
+        return MeshMatrices(self._mesh, boxes, parameters, cost, levels)

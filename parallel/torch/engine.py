@@ -65,7 +65,8 @@ class TorchEngine:
         context = ContextParallel(mesh, parallel.cp_kind, **ring) if mesh.layout.cp > 1 else None
         attention = HybridAttention(mesh, **ring) if parallel.hdp != "none" else context
         groups = parameter_groups(parallel, mesh.layout, experts_of(model))
-        self.weights = Weights(make_strategies(groups, mesh, parallel, settings), mesh, settings.compute)
+        strategies = make_strategies(groups, mesh, parallel, settings)
+        self.weights = Weights(strategies, mesh, settings.compute, parallel.gradient_exchange)
         fused = fuses_swiglu(model, mesh, parallel, settings), fuses_experts(model, mesh, parallel, settings)
         offload: RowOffload | None = None
         if settings.hidden_copies is not None:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.cuda import nccl
 
 from ..config import ParallelConfig
-from ..exchange_levels import dealt_in_turns, describe, exchange_levels, members
+from ..exchange_groups import choose_levels, groups_of_levels
 from ..mesh import Mesh, WeightAxes
 
 log = logging.getLogger(__name__)
@@ -223,24 +223,14 @@ def choose_transport(mesh: Mesh, axes: WeightAxes, parallel: ParallelConfig) -> 
 def make_exchange_groups(transport: Transport, mesh: Mesh, name: str, kind: str) -> Sequence[dist.ProcessGroup]:
     """Return the groups in which gradients are exchanged, from the innermost outwards (`exchange_levels.py`).
 
-    Every process must call it. Where hosts cut some ranks' groups otherwise than others', all exchange directly.
+    Every process must call it.
 
     name: of the group of parameters; kind: `parallel.gradient_exchange`
     """
     axes = mesh.weight_axes[name]
     if axes.num_shards == 1 or transport.by_copy_engines:
         return (transport.group,)
-    hosts = mesh.hosts_along(axes.shards)
-    levels, why = exchange_levels(hosts, kind), ""
-    if mesh.differ(str(levels)):
-        levels, why = (len(hosts),), ", since hosts do not cut all groups of ranks alike"
-    elif kind != "direct" and dealt_in_turns(hosts):
-        why = ", since the ranks of a host do not follow each other"
-    if mesh.is_main and len(set(mesh.hosts)) > 1:
-        log.info("%s%s", describe(levels, name), why)
-    if len(levels) == 1:
-        return (transport.group,)
-    return mesh.subgroups(axes.shards, members(axes.shards.get_local_rank(), levels))
+    return groups_of_levels(mesh, axes.shards, choose_levels(mesh, axes.shards, kind, f"gradients ({name}) are exchanged"))
 
 
 def _supports_copy_engines(mesh: Mesh, axes: WeightAxes) -> bool:

@@ -54,10 +54,10 @@ class Weights(WeightStrategy):
     shards  the optimizers' access to the other ranks' shards
     """
 
-    def __init__(self, strategies: Sequence[WeightStrategy], mesh: Mesh, compute: torch.dtype) -> None:
-        """compute: dtype of the forward pass."""
+    def __init__(self, strategies: Sequence[WeightStrategy], mesh: Mesh, compute: torch.dtype, exchange: str) -> None:
+        """compute: dtype of the forward pass; exchange: `parallel.gradient_exchange`."""
         super().__init__()
-        self.strategies, self._mesh, self._compute = strategies, mesh, compute
+        self.strategies, self._mesh, self._compute, self._exchange = strategies, mesh, compute, exchange
 
     def shard(self, stage: Model) -> None:
         """Shard every group's weights in a stage."""
@@ -70,7 +70,7 @@ class Weights(WeightStrategy):
             strategy.adopt(stages, named)
         held = {name: weight for strategy in self.strategies for name, weight in strategy.local.items()}
         self.local = {name: held[name] for name in named}
-        self.shards = MeshShards(self._mesh, self.placed)
+        self.shards = MeshShards(self._mesh, self.placed, self._exchange)
         copies = torch.tensor([weight.placed.copies for weight in self.local.values()], dtype=torch.float64)
         self._per_copy = (1 / copies).to(next(iter(self.local.values())).tensor.device)
 

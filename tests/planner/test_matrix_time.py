@@ -24,7 +24,7 @@ from meshloom.optim.optimizers.matrix_config import (
 from meshloom.optim.optimizers.newton_schulz import orthogonalize
 from meshloom.optim.optimizers.parameters import NamedParameter, Unsharded
 from meshloom.optim.optimizers.soap import SOAP
-from meshloom.parallel.matrices import choose_owners
+from meshloom.parallel.matrix_plan import choose_owners
 from meshloom.planner import matrix_time
 from meshloom.planner.cluster import load_cluster
 from meshloom.planner.kernel_time import Kernels
