@@ -105,14 +105,21 @@ def test_parts_reach_their_owner_and_results_all_holders(case: Case) -> None:
     for number in range(3):
         mine = {part for part, matrix in enumerate(plan.parts.matrix.tolist()) if numbers[matrix] == number}
         held = {rank: {part for part in mine if rank in holders[part]} for rank in range(case.ranks)}
-        there, _ = travel(case, [list(of[number].gather) for of in waves], held)
+        there, crossings = travel(case, [list(of[number].gather) for of in waves], held)
         assert there == {rank: {part for part in mine if owner[part] == rank} for rank in range(case.ranks)}
+        for part in mine:
+            senders = {rank for rank, of in enumerate(waves) if part in of[number].gather[0].send}
+            assert senders == {owner[part]} if owner[part] in holders[part] else len(senders & holders[part]) == 1
+        others = {part: {rank // case.levels[0] for rank in holders[part]} - {owner[part] // case.levels[0]} for part in mine}
+        if len(case.levels) == 2:
+            near = {
+                part: any(rank // case.levels[0] == owner[part] // case.levels[0] for rank in holders[part]) for part in mine
+            }
+            assert {part: crossings[part] for part in mine} == {part: int(not near[part]) for part in mine}
         back, crossings = travel(case, [list(of[number].scatter) for of in waves], there)
         assert back == held
         if len(case.levels) == 2:
-            hosts = {part: {rank // case.levels[0] for rank in holders[part]} for part in mine}
-            least = {part: len(hosts[part] - {owner[part] // case.levels[0]}) for part in mine}
-            assert {part: crossings[part] for part in mine} == least, "once to each host"
+            assert {part: crossings[part] for part in mine} == {part: len(others[part]) for part in mine}, "once to each host"
 
 
 def messages_of(
