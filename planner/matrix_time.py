@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config.precision import PRECISIONS
@@ -69,10 +69,11 @@ class MatrixWork:
         return sum(rows * columns * count for (rows, columns), count in self.counts.items())
 
 
-def matrix_parts(work: MatrixWork, kernels: Kernels, group: Group, forward: str, held: float) -> dict[str, float]:
+def matrix_parts(work: MatrixWork, kernels: Kernels, levels: Sequence[Group], forward: str, held: float) -> dict[str, float]:
     """Predict the parts of an update, of the rank that has most to compute.
 
-    kernels: of the masters' precision; forward: the precision in which Muon computes and sends; group: of the stage's ranks;
+    kernels: of the masters' precision; forward: the precision in which Muon computes and sends; levels: groups in which
+    matrices travel one after another, of all ranks of the stage where there is one;
     held: elements of matrices whose weights and state lie on a rank, more than its part of them where ranks hold copies
     """
     muon = isinstance(work.config, MuonConfig)
@@ -86,7 +87,8 @@ def matrix_parts(work: MatrixWork, kernels: Kernels, group: Group, forward: str,
         unit = PRECISIONS[forward].bytes if muon else kernels.unit
         waves = max(1, -(-mine // WAVE))
         # There with gradients, back with updates. What arrives while the wave before it is computed costs no time of its own.
-        way = 2 * group.exchange(unit * max(work.elements / work.ranks, mine), waves)
+        size = unit * max(work.elements / work.ranks, mine)
+        way = 2 * sum(level.exchange(size, waves) for level in levels)
         parts["matrix exchange"] = max(compute, way) + min(compute, way) / waves - compute
     return parts
 

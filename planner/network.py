@@ -8,8 +8,11 @@ what others sent, so what a rank sends to other nodes goes at its own GPU's shar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
+from operator import mul
 
 from ..parallel.config import ParallelConfig
 from ..parallel.exchange_levels import exchange_levels
@@ -102,11 +105,25 @@ def gradient_levels(parallel: ParallelConfig, layout: Layout, per_host: int) -> 
 
     Where hosts would cut the groups of ranks that share weights in several ways, the exchange is direct, as in a run.
     """
-    reach = layout.weight_ranks * layout.tp
+    return _levels(parallel.gradient_exchange, layout.world_size, layout.weight_ranks, layout.tp, per_host)
+
+
+def matrix_levels(parallel: ParallelConfig, layout: Layout, per_host: int) -> tuple[int, ...]:
+    """Return the levels in which whole matrices travel among the ranks of a stage. per_host: as in `gradient_levels`."""
+    return _levels(parallel.gradient_exchange, layout.world_size, layout.stage_ranks, 1, per_host)
+
+
+def level_groups(cluster: ClusterConfig, levels: Sequence[int], stride: int, world_size: int) -> list[Group]:
+    """Describe the groups of each level, the innermost first. stride: how far apart the ranks of the first are"""
+    strides = accumulate(levels[:-1], mul, initial=stride)
+    return [group(cluster, size, each, world_size) for size, each in zip(levels, strides, strict=True)]
+
+
+@lru_cache(maxsize=4096)
+def _levels(kind: str, world_size: int, size: int, stride: int, per_host: int) -> tuple[int, ...]:
+    """Return the levels of groups of `size` ranks that lie `stride` apart."""
+    reach = size * stride
     # What a group's hosts look like depends on where in a host its first rank is.
-    starts = {(first + tensor) % per_host for first in range(0, layout.stage_ranks, reach) for tensor in range(layout.tp)}
-    found = {
-        exchange_levels([rank // per_host for rank in range(start, start + reach, layout.tp)], parallel.gradient_exchange)
-        for start in starts
-    }
-    return found.pop() if len(found) == 1 else (layout.weight_ranks,)
+    starts = {(first + offset) % per_host for first in range(0, world_size, reach) for offset in range(stride)}
+    found = {exchange_levels([rank // per_host for rank in range(start, start + reach, stride)], kind) for start in starts}
+    return found.pop() if len(found) == 1 else (size,)

@@ -29,7 +29,7 @@ from .hybrid import DealtStep
 from .kernel_time import Kernels
 from .matrix_time import MatrixWork, matrix_parts
 from .memory import Job
-from .network import gradient_levels, group, group_of
+from .network import gradient_levels, group_of, level_groups, matrix_levels
 from .offload import OffloadAccount
 from .orders import pipeline_order, repeated
 from .parameters import Inventory
@@ -220,9 +220,9 @@ def _outside(
         layout, layers = step.layout, frozenset(layer for held in rank.layers for layer in held)
         work = step.matrices(layers, layout.stage_ranks)
         masters = Kernels(cluster, "fp64" if PRECISIONS[job.precision].accum_bytes == 8 else "fp32")
-        stage = group(cluster, layout.stage_ranks, 1, layout.world_size)
+        levels = level_groups(cluster, matrix_levels(step.parallel, layout, cluster.gpus_per_node), 1, layout.world_size)
         held = _matrix_elements(work, rank, layout)
-        parts |= matrix_parts(work, masters, stage, job.precision, held)
+        parts |= matrix_parts(work, masters, levels, job.precision, held)
         elementwise = max(0.0, 1 - held / max(1, rank.elements))
     traffic_left = traffic.update * elementwise
     update = kernels.pointwise(traffic_left) if step.parallel.offload == "none" else traffic_left / HOST_UPDATE
@@ -283,7 +283,7 @@ def _exchanges(step: Step, rank: RankCost, forward: float, backward: float) -> t
         late = parallel.pp > 1 or step.traits.reduces_late
         seconds = shards.gather(sent, blocks)
         if levels := _levels(step, rank):
-            groups = [group(step.cluster, level.size, level.stride, layout.world_size) for level in levels]
+            groups = level_groups(step.cluster, [level.size for level in levels], layout.tp, layout.world_size)
             sizes = [level.width * level.elements for level in levels]
             seconds = sum(each.exchange(size, blocks) for each, size in zip(groups, sizes, strict=True))
             sent = sum(sizes)
@@ -311,12 +311,11 @@ def _exchanges(step: Step, rank: RankCost, forward: float, backward: float) -> t
 class _Level:
     """A level of the gradient exchange.
 
-    size      ranks that exchange; stride: how far apart they are
+    size      ranks that exchange
     elements  that each of them has, of `width` bytes
     """
 
     size: int
-    stride: int
     elements: float
     width: int
 
@@ -326,16 +325,12 @@ def _levels(step: Step, rank: RankCost) -> list[_Level]:
     parallel, layout, precision = step.parallel, step.layout, PRECISIONS[step.job.precision]
     if not (parallel.exchanges_rows and step.traits.sums_received_rows):
         return []
-    width, elements, stride = (
-        _grad(precision.bytes, precision.accum_bytes, step.job.micro_batches),
-        rank.whole(layout),
-        layout.tp,
-    )
+    width, elements = _grad(precision.bytes, precision.accum_bytes, step.job.micro_batches), rank.whole(layout)
     found: list[_Level] = []
     for size in gradient_levels(parallel, layout, step.cluster.gpus_per_node):
-        found.append(_Level(size, stride, elements, width))
+        found.append(_Level(size, elements, width))
         # What goes on is a sum, as wide as the masters.
-        width, elements, stride = precision.accum_bytes, elements / size, stride * size
+        width, elements = precision.accum_bytes, elements / size
     return found
 
 

@@ -24,12 +24,14 @@ from meshloom.optim.optimizers.matrix_config import (
 from meshloom.optim.optimizers.newton_schulz import orthogonalize
 from meshloom.optim.optimizers.parameters import NamedParameter, Unsharded
 from meshloom.optim.optimizers.soap import SOAP
+from meshloom.parallel.config import ParallelConfig
+from meshloom.parallel.layout import Layout
 from meshloom.parallel.matrix_plan import choose_owners
 from meshloom.planner import matrix_time
 from meshloom.planner.cluster import load_cluster
 from meshloom.planner.kernel_time import Kernels
 from meshloom.planner.matrix_time import MatrixWork, busiest, matrix_parts
-from meshloom.planner.network import group
+from meshloom.planner.network import group, level_groups, matrix_levels
 from meshloom.planner.step_time import STEP
 from support.plans import seconds
 
@@ -84,13 +86,28 @@ def test_waves_are_as_large_as_the_runs() -> None:
 def test_ranks_share_the_work_and_pay_for_the_way() -> None:
     cluster = load_cluster(["cluster=h100x16"])
     work = MatrixWork(MuonConfig(), {(4096, 4096): 64, (14336, 4096): 96}, 1)
-    alone = matrix_parts(work, Kernels(cluster, "fp32"), group(cluster, 1), "bf16", work.elements)
+    alone = matrix_parts(work, Kernels(cluster, "fp32"), [group(cluster, 1)], "bf16", work.elements)
     assert "matrix exchange" not in alone
-    eight = matrix_parts(replace(work, ranks=8), Kernels(cluster, "fp32"), group(cluster, 8), "bf16", work.elements / 8)
+    eight = matrix_parts(replace(work, ranks=8), Kernels(cluster, "fp32"), [group(cluster, 8)], "bf16", work.elements / 8)
     assert eight["matrix update"] == pytest.approx(alone["matrix update"] / 8, rel=1e-6), "64 and 96 are divided by 8"
-    sixteen = matrix_parts(replace(work, ranks=16), Kernels(cluster, "fp32"), group(cluster, 16), "bf16", work.elements / 16)
+    sixteen = matrix_parts(replace(work, ranks=16), Kernels(cluster, "fp32"), [group(cluster, 16)], "bf16", work.elements / 16)
     assert sixteen["matrix update"] == pytest.approx(alone["matrix update"] / 16, rel=1e-6)
     assert sixteen["matrix exchange"] > eight["matrix exchange"], "half of it leaves the node"
+
+
+def test_matrices_pay_for_every_level() -> None:
+    """On 16 GPUs, 8 a node, all that a rank has to send crosses 7 / 8 of the links and then half of the network."""
+    cluster = load_cluster(["cluster=h100x16"])
+    layout = Layout.plan(ParallelConfig(zero=3), 16)
+    levels = matrix_levels(ParallelConfig(zero=3), layout, 8)
+    assert levels == (8, 2) and matrix_levels(ParallelConfig(zero=3, gradient_exchange="direct"), layout, 8) == (16,)
+    stages = ParallelConfig(zero=1, pp=3)
+    assert matrix_levels(stages, Layout.plan(stages, 24), 6) == (8,), "one stage is 6 + 2 ranks, another 4 + 4"
+    inside, between = level_groups(cluster, levels, 1, 16)
+    size, link = 1e9, cluster.link * 1e9 * cluster.rates.link
+    assert inside.exchange(size) == pytest.approx(7 / 8 * size / link + 7 * cluster.rates.latency)
+    own = cluster.node_network * cluster.rates.network / 8
+    assert between.exchange(size) == pytest.approx(size / 2 / own + cluster.rates.network_latency)
 
 
 def test_a_plan_has_the_parts_of_its_optimizer() -> None:
