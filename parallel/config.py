@@ -67,8 +67,9 @@ class ParallelConfig:
     )
     gradient_exchange: str = key(
         "auto",
-        "how ZeRO-1's gradients reach the ranks that update them (torch engine): direct (one all-to-all), hierarchical (a"
-        " host's ranks first sum what goes to other hosts), or auto: by hosts and ranks",
+        "how ZeRO-1's gradients reach the ranks that update them, and Muon's and others' matrices their owners (torch engine):"
+        " direct (one all-to-all), hierarchical (within hosts, and between them; gradients are summed first), or auto: by hosts"
+        " and ranks",
     )
     timeout: float = key(600.0, "seconds before a collective that waits for a lost rank gives up")
     offload: str = key(
@@ -126,9 +127,6 @@ class ParallelConfig:
         if self.gradient_exchange not in GRADIENT_EXCHANGES:
             fix = f"use {', '.join(GRADIENT_EXCHANGES)}"
             found.append(Problem(f"{key}.gradient_exchange", f"there is no '{self.gradient_exchange}'", fix))
-        elif self.gradient_exchange != "auto" and not self.exchanges_rows:
-            message = "only the torch engine's ZeRO-1 reads it, without pipelines and offloading"
-            found.append(Problem(f"{key}.gradient_exchange", message, f"leave it auto, or use {key}.zero=1"))
         for name in ("stages_per_rank", "stage_layers"):
             if self.pp == 1 and getattr(self, name) is not None:
                 fix = f"leave it null, or set {key}.pp"

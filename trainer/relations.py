@@ -16,7 +16,8 @@ from ..models.config import DecoderConfig
 from ..models.mixture.balance_config import SPARSITY
 from ..optim.batch.controller import Controller
 from ..optim.build import build_controller, build_schedule
-from ..optim.optimizers.config import ScheduleFreeConfig
+from ..optim.optimizers.config import CustomOptim, ScheduleFreeConfig
+from ..optim.optimizers.matrix_config import MatrixOptimConfig
 from ..optim.progress import BEGINNING, Progress
 from ..optim.schedules.coupling import coupling_problems
 from ..parallel.context.sizes import ring_problems
@@ -169,6 +170,15 @@ def _engine(config: RunConfig, start: Start) -> Iterable[Problem]:
     return engine_problems(config.parallel, precision=config.precision, world_size=size) if size else ()
 
 
+def _exchange(config: RunConfig, _: Start) -> Iterator[Problem]:
+    """Yield a problem where nobody reads the way of gradients and whole matrices."""
+    parallel, moves_matrices = config.parallel, isinstance(config.optim, MatrixOptimConfig | CustomOptim)
+    if parallel.gradient_exchange == "auto" or parallel.exchanges_rows or (parallel.engine == "torch" and moves_matrices):
+        return
+    message = "only the torch engine reads it: ZeRO-1 without pipelines and offloading, and optimizers of whole matrices"
+    yield Problem("parallel.gradient_exchange", message, "leave it auto, or use parallel.zero=1")
+
+
 def _float8(config: RunConfig, _: Start) -> Iterable[Problem]:
     return float8_problems(config.trainer.float8, config.parallel, config.precision) if config.trainer.float8 != "none" else ()
 
@@ -318,6 +328,7 @@ RELATIONS = (
     Relation(("parallel", "optim.local.islands", "model", "data.seq_len", "trainer.activation", "trainer.compile"), _decoder),
     Relation(("model", "balance", "parallel", "trainer", "batch.micro", "data.seq_len"), _experts),
     Relation(("parallel", "precision"), _engine),
+    Relation(("parallel", "optim"), _exchange),
     Relation(("parallel", "precision", "trainer.float8"), _float8),
     Relation(("parallel", "model", "data", "batch", "optim", "balance", "trainer.float8"), _hybrid),
     Relation(("checkpoint.folder", "output_dir"), _folder),

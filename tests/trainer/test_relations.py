@@ -16,6 +16,9 @@ MEASURED = ["batch=norm_test", "batch.samples=8", "batch.micro=2", "batch.max=64
 FIT = [
     ("parallel", 4, ["parallel.tp=3"]),
     ("parallel.offload", 1, ["parallel.offload=nvme"]),
+    ("parallel.gradient_exchange", 2, ["parallel.gradient_exchange=hierarchical", "parallel.zero=3"]),
+    ("parallel.gradient_exchange", 2, ["parallel.gradient_exchange=direct", "parallel.zero=1", "parallel.pp=2"]),
+    ("parallel.gradient_exchange", 2, ["parallel.gradient_exchange=direct", "parallel.zero=1", "parallel.engine=deepspeed"]),
     ("trainer.float8", 1, ["trainer.float8=tensorwise", "precision=fp32"]),
     ("checkpoint.folder", 1, ["checkpoint.folder='nowhere://x'"]),
     ("trainer.on_bad_step", 1, ["trainer.on_bad_step=rewind", "checkpoint.every=null"]),
@@ -44,6 +47,11 @@ def test_what_does_not_fit_is_told_by_key_with_a_fix(key: str, world_size: int, 
     found = [problem for relation in RELATIONS for problem in relation.check(config, Start(world_size))]
     assert key in [problem.key for problem in found] and all(problem.fix for problem in found)
     assert key in problems_of(world_size, "recipe=quickstart", *words)
+
+
+@pytest.mark.parametrize("words", [["parallel.zero=1"], ["parallel.zero=3", "optim=muon"], ["parallel.pp=2", "optim=soap"]])
+def test_the_way_of_gradients_and_matrices_may_be_typed_where_it_is_read(words: list[str]) -> None:
+    assert not problems_of(2, "recipe=quickstart", "parallel.gradient_exchange=hierarchical", *words)
 
 
 def test_relations_name_keys_that_there_are() -> None:
