@@ -172,14 +172,14 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
     from ..planner.host import available_memory
     from ..planner.tables import gib, plan_tables
     from ..planner.time_tables import misfits, time_tables
-    from ..trainer.launching import planned_processes
     from .plan_cluster import assumed_cluster, predict
     from .planning import exchange_notes, plan_of, spared_by_fusing, time_caveats
     from .shortages import shortages
 
     drawing: Path | None = arguments.draw_pipeline
     documents = None if arguments.documents is None else step_documents(resolved.config, arguments.documents)
-    plan = plan_of(resolved.config, resolved.notices, documents=documents)
+    per_host = None if cluster is None else cluster.gpus_per_node
+    plan = plan_of(resolved.config, resolved.notices, documents=documents, per_host=per_host)
     length = mean_length(documents) if documents is not None and arguments.documents == "data" else arguments.documents
     found = None if cluster is None else predict(plan, resolved.config, cluster, length)
     if found is not None and arguments.json:
@@ -203,11 +203,8 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
     own: list[str] = []
     if documents and arguments.documents == "data":
         own.append(f"own documents of the first step: {describe_lengths(documents)}")
-    launch = resolved.config.launch
-    processes = planned_processes(launch)
-    per_host = processes // launch.most_nodes if cluster is None else cluster.gpus_per_node
-    exchanges = exchange_notes(plan, processes, per_host)
-    notes = [*own, *plan.notes, *exchanges, *(time_caveats(resolved.config) if found is not None else [])]
+    caveats = time_caveats(resolved.config) if found is not None else []
+    notes = [*own, *plan.notes, *exchange_notes(plan, resolved.config), *caveats]
     if spared := spared_by_fusing(plan, resolved.config):
         where = "where SwiGLU is computed inside its products: Hopper GPUs, pip install 'meshloom[flash4]'"
         notes.append(f"{gib(spared)} GiB less {where}")

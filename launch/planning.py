@@ -18,10 +18,10 @@ from ..parallel.hybrid.cost import decoder_flops
 from ..parallel.layout import Layout
 from ..planner.checkpoint_needs import CheckpointNeeds, checkpoint_needs, describe_needs
 from ..planner.cluster import ClusterConfig
-from ..planner.cost import LayoutCost, drawn
+from ..planner.cost import LayoutCost, drawn, level_bytes
 from ..planner.hybrid import DealtStep, dealt_step
 from ..planner.memory import Cutter, Job
-from ..planner.network import gradient_levels
+from ..planner.network import gradient_levels, matrix_levels
 from ..planner.offload import OffloadAccount, describe
 from ..planner.parameters import Inventory
 from ..planner.search import KEYS
@@ -138,13 +138,18 @@ def checked_plan(config: RunConfig, *, fused: bool | None, documents: Sequence[i
 
 
 def plan_of(
-    config: RunConfig, notices: Sequence[str], *, fused: bool | None = None, documents: Sequence[int] | None = None
+    config: RunConfig,
+    notices: Sequence[str],
+    *,
+    fused: bool | None = None,
+    documents: Sequence[int] | None = None,
+    per_host: int | None = None,
 ) -> Plan:
     """Plan a config without problems.
 
     notices: further remarks. fused: see `trainer.costs.with_kernels`. documents: lengths of those
-    of a step, which hybrid data parallelism deals; None: each sample is one. Raises ConfigError for a run whose costs are not
-    known.
+    of a step, which hybrid data parallelism deals; None: each sample is one. per_host: ranks of a host; None: by launch.nodes.
+    Raises ConfigError for a run whose costs are not known.
     """
     if problems := unplanned_problems(config):
         raise ConfigError(problems)
@@ -169,7 +174,7 @@ def plan_of(
             " differences travel is not in them"
         )
     model = inventory_of(config)
-    job = job_of(config, model.shape, assigner, fused=fused)
+    job = job_of(config, model.shape, assigner, fused=fused, per_host=per_host or processes // config.launch.most_nodes)
     dealt: DealtStep | None = None
     if parallel.hdp != "none":
         dealer = hybrid_dealer(config, layout, model.shape, decoder_flops(model.shape))
@@ -238,22 +243,21 @@ def time_caveats(config: RunConfig) -> list[str]:
     return [f"what optim={config.optim.name} computes and sends for whole matrices was never held to a measured run"]
 
 
-def exchange_notes(plan: Plan, processes: int, per_host: int) -> list[str]:
-    """Say how dense gradients are exchanged, where the run is on several hosts.
-
-    processes: of the run; per_host: of each host, the same number that the time of a step is predicted with
-    """
-    layout = plan.layout
-    if not plan.parallel.exchanges_rows or processes <= per_host or layout.weight_ranks == 1:
+def exchange_notes(plan: Plan, config: RunConfig) -> list[str]:
+    """Say how gradients and whole matrices travel, where the run is on several hosts."""
+    parallel, layout, per_host = plan.parallel, plan.layout, plan.job.per_host
+    if per_host is None or layout.world_size <= per_host:
         return []
-    levels, more = gradient_levels(plan.parallel, layout, per_host), ""
-    if len(levels) > 1:
+    found: list[str] = []
+    if parallel.exchanges_rows and layout.weight_ranks > 1:
         stage = plan.model.stage(range(plan.model.shape.layers), first=True, last=True)
-        largest = max(group.whole for group in Cutter(layout).cut(stage) if not group.experts)
-        # Sums of the first level, sorted by who gets them, and as many of others': see `parallel/torch/exchange.py`.
-        need = 3 * PRECISIONS[plan.job.precision].accum_bytes * largest / levels[0]
-        more = f"; sums that go on take up to {need / 2**30:.3g} GiB on a rank, which are not counted above"
-    return [f"{describe_exchange(levels)} (parallel.gradient_exchange){more}"]
+        need = level_bytes([group for group in Cutter(layout).cut(stage) if not group.experts], parallel, layout, plan.job)
+        more = f"; sums that go on take up to {need / 2**30:.3g} GiB on a rank" if need else ""
+        found.append(f"{describe_exchange(gradient_levels(parallel, layout, per_host))} (parallel.gradient_exchange){more}")
+    if isinstance(config.optim, MatrixOptimConfig) and layout.stage_ranks > 1:
+        levels = matrix_levels(parallel, layout, per_host)
+        found.append(f"{describe_exchange(levels, 'whole matrices travel')} (parallel.gradient_exchange)")
+    return found
 
 
 def _caveats(parallel: ParallelConfig) -> list[str]:

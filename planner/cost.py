@@ -26,6 +26,7 @@ from ..parallel.config import ParallelConfig
 from ..parallel.layout import Layout, uses_fsdp
 from ..parallel.pipeline.stages import StagePlan, balanced_stages, cell_stages
 from .memory import Cutter, Job, OptimizerBytes, WeightGroup
+from .network import gradient_levels
 from .orders import Order, pipeline_order, repeated
 from .parameters import CELL, Inventory
 from .timeline import Costs, Timeline, peak, simulate
@@ -216,7 +217,8 @@ def _weight_bytes(
 ) -> _WeightBytes:
     """Count weights that are held in one way: all experts that are dealt out, or all others."""
     if parallel.engine == "torch" and not uses_fsdp(parallel, layout, experts=held[0].experts):
-        return _whole_weights(held, layout, job, parcels=parcels, one_pass=one_pass)
+        found = _whole_weights(held, layout, job, parcels=parcels, one_pass=one_pass)
+        return replace(found, gradients=found.gradients + level_bytes(held, parallel, layout, job))
     return _fully_sharded_weights(held, model, parallel, layout, job, parcels=parcels)
 
 
@@ -265,6 +267,23 @@ def _whole_weights(held: Sequence[WeightGroup], layout: Layout, job: Job, *, par
     if job.masters != "full":  # they are there during the update alone, when the gradients are
         return _WeightBytes(shards // 2 if job.masters == "bf16_kahan" else 0, gathered, gradients + shards, left)
     return _WeightBytes(shards, gathered, gradients, left)
+
+
+def level_bytes(held: Sequence[WeightGroup], parallel: ParallelConfig, layout: Layout, job: Job) -> int:
+    """Count what an exchange of gradients in levels takes besides a direct one (`torch/exchange.py`), in bytes.
+
+    held: all experts that are dealt out, or all other weights. A group's sums after its first level are sent and received; if
+    others than the last level follow, they are sorted before, into another array. Groups before it are at later levels.
+    """
+    if job.per_host is None or not parallel.exchanges_rows:
+        return 0
+    *inner, _ = gradient_levels(parallel, layout, job.per_host, experts=held[0].experts)
+    sums, found, arrays = max(group.whole for group in held), 0, 3 if len(inner) > 1 else 2
+    for size in inner:
+        sums = -(-sums // size)
+        found += arrays * sums * PRECISIONS[job.precision].accum_bytes
+        arrays = 2
+    return found
 
 
 def _hidden_bytes(model: Inventory, parallel: ParallelConfig, job: Job) -> int:

@@ -27,6 +27,7 @@ class Job:
     float8            none, tensorwise or rowwise: of the blocks' products
     masters           full, bf16_stochastic or bf16_kahan: how masters of bf16 weights are kept
     row               tokens of a micro-batch under hybrid data parallelism, which deals documents; None: it deals samples
+    per_host          ranks of a host, which are filled in order; None: all are on one
     """
 
     seq_len: int
@@ -40,6 +41,7 @@ class Job:
     float8: str = "none"
     masters: str = "full"
     row: int | None = None
+    per_host: int | None = None
 
     @property
     def tokens(self) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate, pairwise
 from operator import mul
 
@@ -100,12 +99,15 @@ def _node_bytes(cluster: ClusterConfig, reach: int) -> float:
     return slowest * 1e9 / 8
 
 
-def gradient_levels(parallel: ParallelConfig, layout: Layout, per_host: int) -> tuple[int, ...]:
-    """Return the levels in which dense gradients are exchanged under ZeRO-1. per_host: ranks on each host, filled in order.
+def gradient_levels(parallel: ParallelConfig, layout: Layout, per_host: int, *, experts: bool = False) -> tuple[int, ...]:
+    """Return the levels in which gradients are exchanged under ZeRO-1.
 
     Where hosts would cut the groups of ranks that share weights in several ways, the exchange is direct, as in a run.
+
+    per_host: ranks on each host, filled in order; experts: whether of experts that are dealt out, or of all other weights
     """
-    return _levels(parallel.gradient_exchange, layout.world_size, layout.weight_ranks, layout.tp, per_host)
+    size, stride = (layout.expert_weights, layout.ep) if experts else (layout.weight_ranks, layout.tp)
+    return _levels(parallel.gradient_exchange, layout.world_size, size, stride, per_host)
 
 
 def matrix_levels(parallel: ParallelConfig, layout: Layout, per_host: int) -> tuple[int, ...]:
@@ -119,7 +121,6 @@ def level_groups(cluster: ClusterConfig, levels: Sequence[int], stride: int, wor
     return [group(cluster, size, each, world_size) for size, each in zip(levels, strides, strict=True)]
 
 
-@lru_cache(maxsize=4096)
 def _levels(kind: str, world_size: int, size: int, stride: int, per_host: int) -> tuple[int, ...]:
     """Return the levels of groups of `size` ranks that lie `stride` apart."""
     reach = size * stride

@@ -259,8 +259,8 @@ def _may_fit(question: Question, parallel: ParallelConfig, layout: Layout) -> bo
 
 def planned(question: Question, parallel: ParallelConfig, layout: Layout, micro: int, many: int, policy: str) -> Candidate:
     """Plan one candidate."""
-    layers = question.model.shape.layers
-    job = replace(question.job, micro=micro, micro_batches=many, policies=[policy] * layers)
+    policies, per_host = [policy] * question.model.shape.layers, question.cluster.gpus_per_node
+    job = replace(question.job, micro=micro, micro_batches=many, policies=policies, per_host=per_host)
     ends = sorted({0, parallel.pp // 2, parallel.pp - 1})  # the others are like these
     cost = layout_cost(question.model, parallel, layout, job, question.optimizer, ends)
     ranks, away = zip(*(engine_cost(rank, question.model, parallel, layout, job) for rank in cost.ranks), strict=True)

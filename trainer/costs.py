@@ -70,8 +70,10 @@ def assigner_of(config: RunConfig, layout: Layout, islands: int = 1) -> Assigner
     return Assigner(layout.data_size, can_run, config.optim.compares_halves(), islands)
 
 
-def job_of(config: RunConfig, shape: DecoderConfig, assigner: Assigner, *, fused: bool | None) -> Job:
-    """Return the work of a step. fused: see `with_kernels`.
+def job_of(
+    config: RunConfig, shape: DecoderConfig, assigner: Assigner, *, fused: bool | None, per_host: int | None = None
+) -> Job:
+    """Return the work of a step. fused: see `with_kernels`; per_host: see `Job`.
 
     Raises ConfigError for an activation budget that nothing keeps to.
     """
@@ -91,6 +93,7 @@ def job_of(config: RunConfig, shape: DecoderConfig, assigner: Assigner, *, fused
         compiled=trainer.compile,
         float8=trainer.float8,
         masters=trainer.masters,
+        per_host=per_host,
     )
     row = config.parallel.hdp_tokens
     if config.parallel.hdp != "none" and row is not None:  # documents are known by their tokens alone
@@ -139,7 +142,8 @@ class Costing:
     def predict(self, config: RunConfig) -> Prediction:
         """Predict the run of a config of the same model, optimizer and layout."""
         samples = config.batch.start
-        job = job_of(config, self._model.shape, assigner_of(config, self._layout, self._islands), fused=None)
+        assigner, per_host = assigner_of(config, self._layout, self._islands), self._cluster.gpus_per_node
+        job = job_of(config, self._model.shape, assigner, fused=None, per_host=per_host)
         cost, away, _ = costs_of(self._model, config.parallel, self._layout, job, self._optimizer)
         step = Step(self._model.shape, config.parallel, self._layout, job, cost, away, self._cluster)
         step = replace(step, matrices=matrices_of(config.optim, self._model), saving=config.checkpoint)

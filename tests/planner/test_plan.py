@@ -161,8 +161,11 @@ def test_says_how_gradients_are_exchanged_between_hosts(capsys: pytest.CaptureFi
     _, out, _ = planned(capsys, *LLAMA, *nodes)
     said = " ".join(out.split())
     assert "gradients (dense) are exchanged in levels among 4 × 4 ranks: 6 messages a rank" in said
-    embedding = 128_256 * 2048  # 3 tensors of fp32, of a fourth of its rows
-    assert f"up to {3 * 4 * embedding / 4 / 2**30:.3g} GiB on a rank" in said
+    embedding = 128_256 * 2048  # 2 tensors of fp32, of a fourth of its rows
+    assert f"up to {2 * 4 * embedding / 4 / 2**30:.3g} GiB on a rank" in said
+    assert "whole matrices" not in said
+    _, out, _ = planned(capsys, *LLAMA, *nodes, "optim=muon")
+    assert "whole matrices travel in levels among 4 × 4 ranks: 6 messages a rank" in " ".join(out.split())
     _, out, _ = planned(capsys, *LLAMA, *nodes, "cluster=h100x16")
     assert "in levels among 8 × 2 ranks: 8 messages a rank" in " ".join(out.split())
     _, out, _ = planned(capsys, *LLAMA, *nodes, "parallel.gradient_exchange=direct")
