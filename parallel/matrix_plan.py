@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .routes import Hop, Numbers, hops
+from .routes import Hop, Numbers, hops, place
 
 Span = tuple[int, int, int, int]
 """Where a matrix lies: the number of its parameter, its first row there, rows and columns."""
@@ -76,7 +77,7 @@ class Parts:
         """
         away = np.zeros(len(self.held), dtype=np.int64)
         for level in range(len(levels)):
-            block = int(np.prod(levels[:level]))
+            block = prod(levels[:level])
             away += self.ranks // block != owners[self.held] // block
         near = away == np.minimum.reduceat(away, self.first)[self.held] if len(away) else np.zeros(0, dtype=bool)
         held, ranks = self.held[near], self.ranks[near]
@@ -85,13 +86,22 @@ class Parts:
         return ranks[first + self.matrix % np.maximum(many, 1)]
 
 
-def choose_owners(costs: Sequence[float], candidates: Sequence[Sequence[int] | Numbers]) -> list[int]:
-    """Choose an owner for each matrix: the heaviest first, each to the least loaded of its candidates, which ascend."""
-    loads: NDArray[np.float64] = np.zeros(1 + max((max(each) for each in candidates), default=0))
+def choose_owners(
+    costs: Sequence[float], candidates: Sequence[Sequence[int] | Numbers], levels: Sequence[int] | None = None
+) -> list[int]:
+    """Choose an owner for each matrix: the heaviest first, each to the least loaded of its candidates.
+
+    Of these the first is taken, in levels the first by its place in the innermost: owners then lie on as many hosts as can be.
+    """
+    ranks = 1 + max((int(max(each)) for each in candidates), default=0)
+    levels, everyone = levels or (ranks,), np.arange(ranks)
+    turn = sum(place(everyone, levels, level) * prod(levels[level + 1 :]) for level in range(len(levels)))
+    loads: NDArray[np.float64] = np.zeros(ranks)
     owners = [0] * len(costs)
     for number in sorted(range(len(costs)), key=lambda each: (-costs[each], each)):
         able = np.asarray(candidates[number])
-        owners[number] = int(able[np.argmin(loads[able])])
+        least = able[loads[able] == loads[able].min()]
+        owners[number] = int(least[np.argmin(np.asarray(turn)[least])])
         loads[owners[number]] += costs[number]
     return owners
 
@@ -125,7 +135,7 @@ class MatrixPlan:
         """Plan for all ranks. boxes: see `Parts.find`; cost: of a matrix of so many rows and columns"""
         parts = Parts.find(spans, boxes)
         costs = [cost(rows, columns) for *_, rows, columns in spans]
-        return cls(parts, choose_owners(costs, parts.holders(len(spans))) if spans else (), levels)
+        return cls(parts, choose_owners(costs, parts.holders(len(spans)), levels) if spans else (), levels)
 
     def waves(self, rank: int, numbers: Sequence[int]) -> Iterator[Wave]:
         """Yield what a rank does in each wave. numbers: the wave of each matrix"""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from meshloom.parallel.exchange_levels import exchange_levels
-from meshloom.parallel.matrix_plan import MatrixPlan, Span, Wave
+from meshloom.parallel.matrix_plan import MatrixPlan, Span, Wave, choose_owners
 from meshloom.parallel.routes import Hop, Numbers
 
 MATRICES = ((12, 5), (7, 4), (3, 3), (2, 6), (12, 5))
@@ -118,6 +118,13 @@ def test_parts_reach_their_owner_and_results_all_holders(case: Case) -> None:
         assert back == held
         if len(case.levels) == 2:
             assert all(crossings[part] == len(hosts[part] - {home[part]}) for part in mine), "once to each host"
+
+
+def test_owners_lie_on_as_many_hosts_as_can_be() -> None:
+    everyone = [range(8)] * 9
+    assert choose_owners([1.0] * 9, everyone, (4, 2)) == [0, 4, 1, 5, 2, 6, 3, 7, 0]
+    assert choose_owners([1.0] * 9, everyone) == [*range(8), 0]
+    assert choose_owners([1.0, 5.0, 1.0], [range(4, 8), range(8), range(8)], (4, 2)) == [4, 0, 1], "the heaviest first"
 
 
 def messages_of(
