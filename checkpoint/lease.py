@@ -45,6 +45,7 @@ class Lease:
         self._files = files
         self._token = uuid.uuid4().hex
         self._beats = 0
+        self._overtook = False
         self._over = threading.Event()
         try:
             self._take()
@@ -66,14 +67,22 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Let another run have the folder. May be called twice."""
+        """Let another run have the folder. May be called twice.
+
+        If the run before may only be cut off or frozen, a record stays and says that this one is over. Otherwise that run, once
+        it is back, would find nothing, and take its own record to have been tidied away.
+        """
         if self._over.is_set():
             return
         self._over.set()
         self._thread.join()
         _held.discard(self._token)
         with contextlib.suppress(Exception):  # then the next run waits
-            if self._read().get("token") == self._token:
+            if self._read().get("token") != self._token:
+                return
+            if self._overtook:
+                self._write(over=True)
+            else:
                 self._files.delete(LOCK)
 
     def _take(self) -> None:
@@ -81,6 +90,7 @@ class Lease:
         while (first := self._read()) or not self._write(anew=True):
             if first:
                 self._watch(first)
+                self._overtook = not _has_died(first)
                 self._write()  # nobody renews it, or it is gone already
                 break
         time.sleep(min(WATCH_SECONDS, LEASE_SECONDS))  # whoever read the same as this run has written, too, by now
@@ -98,7 +108,9 @@ class Lease:
         """Return when whoever left this record is known to be gone. Raises HeldError if it is not."""
         if first.get("token") in _held:
             raise HeldError(self._refusal(first))
-        if _has_died(first) or follows(_holder(first)):  # of an earlier start of the same launch, which may hang
+        if (
+            _is_over(first) or _has_died(first) or follows(_holder(first))
+        ):  # of an earlier start of the same launch, which may hang
             return
         log.warning(
             "%s: waiting up to %g s to see whether %s is still there", self._files.label(), LEASE_SECONDS, _holder(first)
@@ -107,7 +119,7 @@ class Lease:
         while time.monotonic() < deadline:
             time.sleep(min(WATCH_SECONDS, LEASE_SECONDS))
             now = self._read()
-            if not now:
+            if not now or _is_over(now):
                 return
             if now != first:
                 raise HeldError(self._refusal(now))
@@ -137,14 +149,18 @@ class Lease:
             record = None
         return cast(dict[str, Any], record) if isinstance(record, dict) and record else {"written": text.hex()}
 
-    def _write(self, *, anew: bool = False) -> bool:
-        """Returns whether it was written: anew, only where no record is, as far as the store can tell."""
+    def _write(self, *, anew: bool = False, over: bool = False) -> bool:
+        """Returns whether it was written: anew, only where no record is, as far as the store can tell.
+
+        over: whether this run is over, so that any other may have the folder
+        """
         record = {
             "holder": name_of_process(socket.gethostname()),
             "place": _place(),
             "process": os.getpid(),
             "token": self._token,
             "beat": self._beats,
+            **({"over": True} if over else {}),
         }
         self._beats += 1
         return self._files.write(LOCK, json.dumps(record).encode(), anew=anew)
@@ -152,6 +168,11 @@ class Lease:
 
 def _holder(record: dict[str, Any]) -> str:
     return str(record.get("holder", "somebody unknown"))
+
+
+def _is_over(record: dict[str, Any]) -> bool:
+    """Return whether whoever left this record has said that it is over."""
+    return record.get("over") is True
 
 
 def _place() -> str:

@@ -165,6 +165,38 @@ def test_a_start_that_is_late_gives_the_folder_back(files: RemoteFiles, monkeypa
     held.release()
 
 
+def test_a_start_that_thaws_when_a_later_one_is_over_gets_nothing(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.001)
+    monkeypatch.setenv(FENCE, str(Fence("launch-1", 2, 4)))
+    leave(files, holder="other process 7 (start 1.3 of launch-1)", place="another machine")
+    Lease(files).release()
+    monkeypatch.setenv(FENCE, str(Fence("launch-1", 1, 3)))
+    thawed = object.__new__(Lease)
+    thawed.__dict__.update(_files=files, _token="theirs", _beats=1, _over=threading.Event())
+    renewing = threading.Thread(target=thawed._renew, daemon=True)
+    renewing.start()
+    renewing.join(20)
+    thawed._over.set()
+    assert not renewing.is_alive(), "the folder is another's"
+    with pytest.raises(HeldError, match=r"start 2\.4 of launch-1"):
+        thawed.check()
+    monkeypatch.delenv(FENCE)
+    held = Lease(files)  # of a run of its own, which need not wait
+    held.check()
+    held.release()
+    with renewed(files), pytest.raises(HeldError, match="other process 7"):
+        Lease(files)
+
+
+def test_a_run_that_overtook_another_and_ends_while_it_is_watched(files: RemoteFiles) -> None:
+    leave(files)
+    ending = threading.Timer(0.1, lambda: leave(files, over=True))
+    ending.start()
+    Lease(files).release()
+    ending.join()
+    assert record(files)["over"], "who was overtaken may come back"
+
+
 def test_a_late_write_does_not_refuse_a_later_start(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FENCE, str(Fence("launch-1", 2, 4)))
     write = RemoteFiles.write
