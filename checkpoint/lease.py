@@ -108,9 +108,9 @@ class Lease:
         """Return when whoever left this record is known to be gone. Raises HeldError if it is not."""
         if first.get("token") in _held:
             raise HeldError(self._refusal(first))
-        if (
-            _is_over(first) or _has_died(first) or follows(_holder(first))
-        ):  # of an earlier start of the same launch, which may hang
+        if _is_over(first) or _has_died(first):
+            return
+        if follows(_holder(first)):  # an earlier start of the same launch, which may hang
             return
         log.warning(
             "%s: waiting up to %g s to see whether %s is still there", self._files.label(), LEASE_SECONDS, _holder(first)
