@@ -27,7 +27,7 @@ from .mesh import Mesh
 from .routes import Hop, Numbers
 
 Place = tuple[int, tuple[slice, slice]]
-"""Where a part lies: the number of an array, and an index into it."""
+"""The place of a part: the number of an array, and an index into it."""
 
 
 @dataclass(frozen=True)

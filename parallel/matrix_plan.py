@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .routes import Hop, Numbers, hops, place
 
 Span = tuple[int, int, int, int]
-"""Where a matrix lies: the number of its parameter, its first row there, rows and columns."""
+"""The place of a matrix: the number of its parameter, its first row there, rows and columns."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Parts:
 
     @cached_property
     def first(self) -> Numbers:
-        """Where the holders of each part begin in `held`."""
+        """Indices at which the holders of each part begin in `held`."""
         return np.searchsorted(self.held, np.arange(len(self.matrix)))
 
     def holders(self, count: int) -> list[Numbers]:
@@ -108,7 +108,7 @@ def choose_owners(
 
 @dataclass(frozen=True)
 class Wave:
-    """What a rank does for some matrices. owned: those that it computes; gather, scatter: the ways there and back"""
+    """The work of a rank for some matrices. owned: those that it computes; gather, scatter: the ways there and back"""
 
     owned: Sequence[int]
     gather: Sequence[Hop]

@@ -19,7 +19,7 @@ Numbers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Hop:
-    """What one rank sends and receives within a level. Both sides of a message list its parts by their numbers, ascending.
+    """The messages of one rank within a level. Both sides of a message list its parts by their numbers, ascending.
 
     level               number of the level
     send, to            parts, and the place along the level of the rank that gets each, ascending; it may be this one

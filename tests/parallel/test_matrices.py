@@ -33,7 +33,7 @@ EXPERTS = (("experts", {"count": 8, "top_k": 2, "ffn_dim": 7, "shared": 1}),)
 
 @dataclass(frozen=True)
 class Row:
-    """What is trained on hosts of so many ranks, and the levels in which its matrices travel. wave: elements at once"""
+    """A training on hosts of so many ranks, and the levels in which its matrices travel. wave: elements at once"""
 
     per_host: int
     levels: tuple[int, ...]
