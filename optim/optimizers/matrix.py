@@ -113,12 +113,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def move(self, averages: Sequence[torch.Tensor], towards: Sequence[torch.Tensor], rate: float) -> None:
         """Move averages in place by a share of their distance to other tensors, unless the step is not taken."""
-        if self.taken is None:
+        taken = self.taken
+        if taken is None:
             torch._foreach_lerp_(list(averages), list(towards), rate)
             return
         for average, other in zip(averages, towards, strict=True):
-            # The rate stays a number: as a tensor it would be rounded to the average's precision.
-            average.lerp_(torch.where(self.taken > 0, other, average), rate)
+            if _keeps_numbers(average):
+                average.lerp_(other, (taken.double() * rate).to(average.dtype))
+            else:
+                average.lerp_(torch.where(taken > 0, other, average), rate)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -137,22 +140,25 @@ class MatrixOptimizer(torch.optim.Optimizer):
         weights: list[torch.Tensor] = [parameter.tensor for parameter in self.hidden]
         gradients = [torch.zeros_like(w) if grad is None else grad.to(w.dtype) for w, grad in zip(weights, given, strict=True)]
         if self.skip is not None:  # what is not finite would be, times 0, too
-            gradients = [torch.where(self.skip > 0, torch.zeros_like(each), each) for each in gradients]
+            gradients = [torch.where(self.skip > 0, 0.0, each) for each in gradients]
         for parameter in self.hidden:
             state = self.state[parameter.tensor]
             state["step"] = state.get("step", 0) + 1
         updates = self.updates(gradients)
         rates = {name: group["lr"] for group in self.param_groups for name in group["names"]}
+        taken = self.taken
         for parameter, update in zip(self.hidden, updates, strict=True):
             rate, weight = rates[parameter.name], parameter.tensor
-            if self.taken is None:
-                weight.mul_(1 - rate * self._decay[parameter.name])
-                weight.add_(update.to(weight.dtype), alpha=-rate)
+            kept = 1 - rate * self._decay[parameter.name]
+            if taken is None:
+                weight.mul_(kept)
+                weight.add_(update, alpha=-rate)
+            elif _keeps_numbers(weight):
+                weight.mul_(1 - taken.double() * (1 - kept))
+                weight.addcmul_(update, taken.double() * -rate)
             else:
-                # The rates stay numbers: as tensors they would be rounded to the weight's precision.
-                decayed = weight * (1 - rate * self._decay[parameter.name])
-                decayed.add_(update.to(weight.dtype), alpha=-rate)
-                weight.copy_(torch.where(self.taken > 0, decayed, weight))
+                decayed = (weight * kept).add_(update, alpha=-rate)
+                weight.copy_(torch.where(taken > 0, decayed, weight))
 
     def _step_elementwise(self, group: dict[str, Any]) -> None:
         weights: list[torch.Tensor] = [weight for weight in group["params"] if weight.grad is not None]
@@ -185,6 +191,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
             maximize=False,
             found_inf=self.skip if fused else None,
         )
+
+
+def _keeps_numbers(tensor: torch.Tensor) -> bool:
+    """Return whether a number is as precise as a tensor of no dimensions beside this one: PyTorch rounds that to its dtype."""
+    return tensor.dtype in (torch.float32, torch.float64)
 
 
 def _is_fused(weight: torch.Tensor) -> bool:

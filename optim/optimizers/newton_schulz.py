@@ -23,7 +23,9 @@ def orthogonalize(matrices_BRC: torch.Tensor, steps: int = STEPS) -> torch.Tenso
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + EPS)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)  # a·x costs no pass over x this way
+        x = polynomial @ x
     return x.mT if rows > columns else x
 
 
