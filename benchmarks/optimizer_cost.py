@@ -3,8 +3,8 @@
     python benchmarks/optimizer_cost.py
     python benchmarks/optimizer_cost.py runs=adamw,muon,adamw model=tiny steps=2
 
-Each run is a `meshloom train` of its own with 4 micro-batches of 4 × 8,192 tokens a step. All share what is compiled. Prints a line
-of JSON per run, and the medians over AdamW's: docs/measurements/optimizers.md.
+Each run is a `meshloom train` of its own with 4 micro-batches of 4 × 8,192 tokens a step. All share what is compiled.
+Prints a line of JSON per run, and the medians over AdamW's: docs/measurements/optimizers.md.
 """
 
 # pyright: reportMissingImports=false
