@@ -3,6 +3,7 @@
     python benchmarks/hybrid_balance.py [draw=docs/pictures/hybrid_balance.svg]
     python benchmarks/hybrid_balance.py stages=4          each rank is the first of a pipeline of four, with 16 rows
     python benchmarks/hybrid_balance.py equal_at=29212 row_tokens=326       costs that packed_documents.py has measured
+    python benchmarks/hybrid_balance.py worker=4          steps whose gradient's noise is measured, of workers of four rows
 
 A step has 4 rows of 32K tokens a rank. Quadratic and linear cost are equal at 45.6K tokens (a model like Llama 8B), and a
 row costs as much as 512 tokens, unless they are given. Ranks that share a document wait for one another. All wait at the end
@@ -17,14 +18,18 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from random import Random
 
 from arguments import read
 from document_lengths import QUANTILES, draw_length
 
-from meshloom.parallel.hybrid.assignment import in_lockstep
+from meshloom.data.assignment import any_number
+from meshloom.parallel.hybrid.assignment import HybridAssignment, in_lockstep
+from meshloom.parallel.hybrid.by_worker import deal_by_worker
 from meshloom.parallel.hybrid.cost import CostModel, least_time
+from meshloom.parallel.hybrid.greedy import pack_rows
 from meshloom.parallel.hybrid.pipelined import filled
 from meshloom.parallel.hybrid.planning import assign
 
@@ -38,12 +43,14 @@ class Settings:
 
     equal_at    length of a document whose quadratic and linear costs are equal
     row_tokens  that cost as much as beginning a row
+    worker      rows that hold the tokens of a worker of measured steps; 0: steps are not measured
     """
 
     draw: str = ""
     least: int = 8
     most: int = 1024
     stages: int = 1
+    worker: int = 0
     equal_at: int = 45_600
     row_tokens: int = 512
 
@@ -106,8 +113,32 @@ def print_pipelines(settings: Settings) -> None:
             print(f"| {name} | {ranks} | {len(lengths):,} | {plan.passes} | {over:.3f} | {seconds:.2f} |", flush=True)
 
 
+def print_measured(settings: Settings) -> None:
+    """Print a table of steps dealt worker by worker. Documents are packed into samples, each of which is a worker."""
+    print("| Lengths | Ranks | Workers | Ranks of a worker | Greedy | measured | Lock-step | measured |")
+    print("|---" * 8 + "|")
+    length, costs = settings.worker * CAPACITY, settings.costs
+
+    def deal(lengths: Sequence[int], ranks: int) -> HybridAssignment:
+        return assign(lengths, ranks, CAPACITY, costs, "lockstep")
+
+    for name in QUANTILES:
+        for ranks in (each for each in RANKS if settings.least <= each <= settings.most):
+            lengths = [min(each, length) for each in draw_step(name, ranks, 4)]
+            workers = pack_rows(range(len(lengths)), lengths, length)
+            measured = deal_by_worker(lengths, costs.documents(lengths), workers, ranks, CAPACITY, deal, any_number)
+            apart = replace(measured.plan, lockstep=False)
+            plans = assign(lengths, ranks, CAPACITY, costs), apart, deal(lengths, ranks), measured.plan
+            bound = least_time(lengths, ranks, CAPACITY, costs)
+            over = " | ".join(f"{plan.step_time(lengths, costs) / bound:.3f}" for plan in plans)
+            print(f"| {name} | {ranks} | {len(workers)} | {measured.groups[0].ranks} | {over} |", flush=True)
+
+
 def main(settings: Settings) -> None:
     """Print a table, and draw it where a file is named."""
+    if settings.worker:
+        print_measured(settings)
+        return
     if settings.stages > 1:
         print_pipelines(settings)
         return

@@ -47,13 +47,29 @@ class Assignment:
 
 
 @dataclass(frozen=True)
+class WorkerRows:
+    """How one data rank's micro-batches make up workers, where a worker is not each micro-batch by itself.
+
+    ranks  data ranks that share their workers, neighbours: the first is a multiple of it
+    own    the numbers of these workers in the batch
+    turns  by micro-batch of this rank, which of these workers it is a part of, in order; None: blank on all of the ranks
+    """
+
+    ranks: int
+    own: tuple[int, ...]
+    turns: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
 class Share:
     """One data rank's part of a global batch, loaded: what an engine accumulates.
 
     micro_batches  of this rank, in order, blanks included
     passes         the largest number of micro-batches that any rank runs; the same on every rank
-    workers        micro-batches of the whole batch that hold samples: blanks are no workers of the gradient statistics
+    workers        of the gradient statistics: micro-batches of samples, of the whole batch; blanks are none. 0: not dealt for
+                   them
     first_half     how many of this rank's micro-batches come from the first half of the global batch; None: not known
+    worker_rows    how this rank's micro-batches make up workers; None: each of them is one
     checksum       of the plan that the share is taken from; the same on every rank, which must agree on it. None: no plan
     flops          of the model on the whole global batch, each document at its own length; None: not counted
     numbers        of the plan, by name, for the loggers
@@ -63,6 +79,7 @@ class Share:
     passes: int
     workers: int
     first_half: int | None = None
+    worker_rows: WorkerRows | None = None
     checksum: int | None = None
     flops: float | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
@@ -76,8 +93,11 @@ class Share:
 class Dealer(Protocol):
     """A rule by which global batches are dealt to data ranks."""
 
-    def load(self, samples: Samples, batch: GlobalBatch, micro: int, data_rank: int) -> Share:
-        """Deal a global batch in micro-batches of `micro` samples, and read the share of one data rank."""
+    def load(self, samples: Samples, batch: GlobalBatch, micro: int, data_rank: int, *, by_worker: bool = False) -> Share:
+        """Deal a global batch in micro-batches of `micro` samples, and read the share of one data rank.
+
+        by_worker: so that the gradient of each micro-batch of samples can be told, for gradient statistics
+        """
         ...
 
 
@@ -126,8 +146,8 @@ class Assigner:
         ranks = tuple(dealt(rank) for rank in range(self.data_size))
         return Assignment(ranks, rows, first_half if self.halves else None)
 
-    def load(self, samples: Samples, batch: GlobalBatch, micro: int, data_rank: int) -> Share:
-        """Deal a global batch in micro-batches of `micro` samples, and read the share of one data rank."""
+    def load(self, samples: Samples, batch: GlobalBatch, micro: int, data_rank: int, *, by_worker: bool = False) -> Share:
+        """Deal a global batch in micro-batches of `micro` samples, and read the share of one data rank: always by worker."""
         return load_share(samples, self.assign(batch, micro), data_rank)
 
     def passes(self, count: int, micro: int) -> int:

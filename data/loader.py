@@ -2,7 +2,7 @@
 
 The loader keeps no position in the data: it loads this rank's share of whichever global batch it is given (R1). It
 prefetches the batch that follows with the same size, and discards it when another is loaded (a changed batch size, a
-resume, a skipped batch).
+resume, a skipped batch), or the same dealt in another way.
 """
 
 from __future__ import annotations
@@ -29,23 +29,25 @@ class Loader:
         self._pin = pin
         self._device = torch.cuda.current_device() if pin else None
         self._worker = ThreadPoolExecutor(1, "data-loader", initializer=self._start)
-        self._prefetched: tuple[GlobalBatch, int, Future[Share]] | None = None
+        self._prefetched: tuple[GlobalBatch, int, bool, Future[Share]] | None = None
 
-    def load(self, batch: GlobalBatch, micro: int) -> Share:
+    def load(self, batch: GlobalBatch, micro: int, *, by_worker: bool = False, next_by_worker: bool = False) -> Share:
         """Load this rank's share of a global batch, in micro-batches of `micro` samples.
 
+        by_worker: see `Dealer.load`; next_by_worker: whether the batch that follows will be loaded so
         Raises here what goes wrong while loading (a damaged shard, a token outside the vocabulary).
         """
         prefetched, self._prefetched = self._prefetched, None
-        if prefetched is not None and prefetched[:2] == (batch, micro):
-            loading = prefetched[2]
+        if prefetched is not None and prefetched[:3] == (batch, micro, by_worker):
+            loading = prefetched[3]
         else:
             if prefetched is not None:
-                prefetched[2].cancel()
-            loading = self._worker.submit(self._make, batch, micro)
+                prefetched[3].cancel()
+            loading = self._worker.submit(self._make, batch, micro, by_worker)
         result = loading.result()
         following = GlobalBatch(batch.first + batch.count, batch.count)
-        self._prefetched = (following, micro, self._worker.submit(self._make, following, micro))
+        making = self._worker.submit(self._make, following, micro, next_by_worker)
+        self._prefetched = (following, micro, next_by_worker, making)
         return result
 
     def close(self) -> None:
@@ -58,6 +60,6 @@ class Loader:
         if self._device is not None:
             torch.cuda.set_device(self._device)
 
-    def _make(self, batch: GlobalBatch, micro: int) -> Share:
-        share = self.dealer.load(self.samples, batch, micro, self.data_rank)
+    def _make(self, batch: GlobalBatch, micro: int, by_worker: bool) -> Share:
+        share = self.dealer.load(self.samples, batch, micro, self.data_rank, by_worker=by_worker)
         return replace(share, micro_batches=[each.pin() for each in share.micro_batches]) if self._pin else share

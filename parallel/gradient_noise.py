@@ -7,7 +7,9 @@ gradient of one micro-batch before anything is added to it or reduced: that is D
 gradient's norm needs anyway.
 
 Context-parallel ranks each have a part of a worker's gradient. They sum it weight by weight in the hooks (`worker_sums.py`), as
-the square of a sum does not follow from the squares of its parts. A product with the whole gradient does.
+the square of a sum does not follow from the squares of its parts. A product with the whole gradient does. Under hybrid data
+parallelism a measured step is dealt worker by worker, so that a group of ranks shares its workers in the same way
+(`Share.worker_rows`).
 
 Not seen: a tied embedding cut by a pipeline, whose two parts add up on neither rank. `limits.measuring_problems` refuses it.
 """
@@ -22,7 +24,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from ..data.assignment import Share
+from ..data.assignment import Share, WorkerRows
 from ..optim.batch.statistics import GradientStatistics
 from .mesh import Mesh
 from .observers import GradientObserver
@@ -60,6 +62,30 @@ class Moments:
         return self.statistics({name: float(scalar) for name, scalar in self.scalars.items()})
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """What a micro-batch is to the workers of its rank.
+
+    worker       of which it is a part; None: it is blank on all ranks that share workers with this one
+    first, last  whether it is the first of the worker's micro-batches, and the last
+    """
+
+    worker: int | None
+    first: bool
+    last: bool
+
+    @property
+    def blank(self) -> bool:
+        return self.worker is None
+
+
+def _turns(workers: Sequence[int | None]) -> list[_Turn]:
+    around = [None, *workers, None]
+    return [
+        _Turn(here, here != before, here != after) for before, here, after in zip(around, workers, around[2:], strict=False)
+    ]
+
+
 class GradientNoise(GradientObserver):
     """The norm of a step's gradient and, in steps that are asked to, the moments of its micro-batches', in one collective.
 
@@ -79,8 +105,7 @@ class GradientNoise(GradientObserver):
         self._watched: set[nn.Parameter] = set()
         self.measure = Measure.NOTHING
         self._sums: torch.Tensor | None = None
-        self._sharers = WorkerRanks() if mesh.size("cp") == 1 else WorkerRanks(mesh.group("cp"), 0, mesh.size("cp"))
-        self._arriving: tuple[int, Callable[[], torch.Tensor]] | None = None  # (index of the weight, its piece of a sum)
+        self._arriving: tuple[int, _Turn, Callable[[], torch.Tensor]] | None = None  # of the weight of an index, a piece
 
     def _copies_over_tp(self, parameter: nn.Parameter) -> int:
         size = self._mesh.size("tp")
@@ -103,38 +128,91 @@ class GradientNoise(GradientObserver):
                 return
             mine = own_part(gradient, placements)
             accum_dtype = torch.float64 if mine.dtype == torch.float64 else torch.float32
+            turn = self._turns[self._seen_rows[index]]
+            self._seen_rows[index] += 1
+            if self.measure is Measure.PROJECTIONS and not turn.blank:
+                self._keep(index, turn, mine.to("cpu", accum_dtype, copy=True))
             if self._sharers.count == 1:
-                self._norms[index].append(torch.linalg.vector_norm(mine, dtype=accum_dtype))
+                self._add(index, turn, mine, accum_dtype)
             else:  # the last weight's sum arrived while this gradient was computed, unless a rank is slow
                 with self._mesh.compute_time.waiting():
                     self._finish_sum()
-                self._arriving = index, self._sharers.start_sum(mine, accum_dtype)
-            if self.measure is Measure.PROJECTIONS:
-                self._kept[index].append(mine.to("cpu", accum_dtype, copy=True))
+                self._arriving = index, turn, self._sharers.start_sum(mine, accum_dtype, nothing=turn.blank)
 
         return hook
 
     def _finish_sum(self) -> None:
-        """Wait for the sum under way, and take the norm of this rank's piece."""
+        """Wait for the sum under way, and take in this rank's piece."""
         if self._arriving is not None:
-            index, piece = self._arriving
-            self._norms[index].append(torch.linalg.vector_norm(piece()))
-            self._arriving = None
+            index, turn, wait = self._arriving
+            self._arriving, piece = None, wait()
+            self._add(index, turn, piece, piece.dtype)
+
+    def _add(self, index: int, turn: _Turn, part: torch.Tensor, accum_dtype: torch.dtype) -> None:
+        """Take in one row's gradient of a weight, or this rank's piece of it; the norm is taken of all rows of a worker."""
+        if turn.blank:
+            return
+        before = self._rows_before[index]
+        if before is not None:
+            part = before.add_(part)
+        if turn.last:
+            self._norms[index].append(torch.linalg.vector_norm(part, dtype=accum_dtype))
+            self._rows_before[index] = None
+        elif before is None:
+            self._rows_before[index] = part.to(accum_dtype, copy=True)
+
+    def _keep(self, index: int, turn: _Turn, part: torch.Tensor) -> None:
+        """Keep one row's gradient of a weight on the host, added to those of its worker's rows before."""
+        if turn.first:
+            self._kept[index].append(part)
+        else:
+            self._kept[index][-1] += part
 
     def begin(self, share: Share, global_tokens: torch.Tensor) -> None:
-        """Clear the last step, and record each micro-batch's share of the tokens, in the order of their backward passes."""
+        """Clear the last step, and record each worker's share of the tokens, in the order of their backward passes."""
         self._sums = self._arriving = None
         if self.measure is Measure.NOTHING:
             return
+        assert share.workers, "the step was not dealt by worker"
+        rows = share.worker_rows
+        self._dealt, self._sharers = rows, self._sharers_of(rows)
+        self._turns = _turns(range(len(share.micro_batches)) if rows is None else rows.turns)
+        self._seen_rows = [0] * len(self._index)
+        self._rows_before: list[torch.Tensor | None] = [None] * len(self._index)
         self._norms: list[list[torch.Tensor]] = [[] for _ in self._index]
         self._kept: list[list[torch.Tensor]] = [[] for _ in self._index]
-        # From pinned memory: any other copy to a GPU waits until it has done all that was queued before.
-        tokens = [batch.valid_tokens for batch in share.micro_batches]
-        counted = torch.tensor(tokens, dtype=torch.float64, pin_memory=self._mesh.device.type == "cuda")
-        shares = counted.to(self._mesh.device, non_blocking=True) / global_tokens
-        # A micro-batch without a target (a blank one) has no gradient: its square of 0 is divided by anything but 0.
-        self._shares_K = torch.where(shares > 0, shares, 1.0)
         self._workers = share.workers
+        tokens = [0] * sum(turn.last and not turn.blank for turn in self._turns)
+        for turn, batch in zip(self._turns, share.micro_batches, strict=True):
+            if turn.worker is not None:
+                tokens[turn.worker] += batch.valid_tokens
+        tokens_K = self._on_device(tokens, torch.float64)
+        if rows is not None:  # context-parallel ranks have each counted those of whole samples
+            self._own_K = self._on_device(rows.own, torch.int64)
+            tokens_K = self._sum_over_sharers(tokens_K)
+        shares = tokens_K / global_tokens
+        # A worker without a target (a blank one) has no gradient: its square of 0 is divided by anything but 0.
+        self._shares_K = torch.where(shares > 0, shares, 1.0)
+
+    def _on_device(self, numbers: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Copy numbers from pinned memory: any other copy to a GPU waits until it has done all that was queued before."""
+        held = torch.tensor(numbers, dtype=dtype, pin_memory=self._mesh.device.type == "cuda")
+        return held.to(self._mesh.device, non_blocking=True)
+
+    def _sharers_of(self, rows: WorkerRows | None) -> WorkerRanks:
+        """Return the ranks that share this rank's workers."""
+        if rows is None:
+            size = self._mesh.size("cp")
+            return WorkerRanks() if size == 1 else WorkerRanks(self._mesh.group("cp"), 0, size)
+        data_rank = self._mesh.data_rank
+        return WorkerRanks(self._mesh.group("data"), data_rank - data_rank % rows.ranks, rows.ranks)
+
+    def _sum_over_sharers(self, numbers_K: torch.Tensor) -> torch.Tensor:
+        """Sum numbers of this rank's workers over the ranks that share them. Every rank must call it."""
+        if self._dealt is None:
+            return self._mesh.sum(numbers_K, "cp")
+        all_J = numbers_K.new_zeros(self._workers).index_copy(0, self._own_K, numbers_K)
+        return self._mesh.sum(all_J, "data")[self._own_K]
 
     def norm(self, squares: torch.Tensor) -> torch.Tensor:
         """Compute the norm of the whole gradient. squares: this rank's part of its square, to be summed over all processes."""
@@ -159,6 +237,7 @@ class GradientNoise(GradientObserver):
     def _worker_squares(self) -> torch.Tensor:
         """Compute this rank's part of Σ_j ‖L_j‖² / w_j over all ranks' micro-batches, to be summed over all processes."""
         self._finish_sum()
+        assert all(before is None for before in self._rows_before), "a worker is not complete"
         unseen = "a weight's gradient went unseen; was the engine built with `measures`?"
         assert all(len(norms) == len(self._shares_K) for norms in self._norms), unseen
         stacked = torch.stack([norm for norms in self._norms for norm in norms])  # one stack per weight would be a kernel each
@@ -177,5 +256,5 @@ class GradientNoise(GradientObserver):
                 products_K[number] += torch.sum(part.to(whole.device, whole.dtype) * whole, dtype=torch.float64)
             kept.clear()
         self._mesh.sum(products_K, "pp")
-        self._mesh.sum(products_K, "cp")  # a rank's part of a gradient has a part of the product
+        products_K = self._sum_over_sharers(products_K)  # a rank's part of a gradient has a part of the product
         return self._mesh.sum((products_K.square() / self._shares_K).sum() / self._sharers.count, "data")

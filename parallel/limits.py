@@ -75,9 +75,6 @@ def measuring_problems(parallel: ParallelConfig, tied: bool, projections: bool) 
         problems.append(
             Problem("batch", f"the {parallel.engine} engine has no whole gradient to project on", "use batch=norm_test")
         )
-    if parallel.hdp != "none":
-        text = "it measures the gradients of micro-batches, which hybrid data parallelism cuts by cost"
-        problems.append(Problem("batch", text, f"{fix} parallel.hdp=none"))
     if parallel.pp > 1 and tied:
         problems.append(
             Problem("batch", "the gradient of a tied embedding can't be measured in a pipeline", f"{fix} model.tied=false")

@@ -25,14 +25,15 @@ class WorkerRanks:
     first: int = 0
     count: int = 1
 
-    def start_sum(self, gradient: torch.Tensor, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    def start_sum(self, gradient: torch.Tensor, dtype: torch.dtype, *, nothing: bool = False) -> Callable[[], torch.Tensor]:
         """Start to sum a gradient over the ranks. Every rank of the group must call it, in the same order.
 
         Returns a call that waits, and returns this rank's piece of the sum, 1-D, in `dtype`. Pieces are as `shards.chunk` cuts
-        the flat gradient. The gradient must not change before that call.
+        the flat gradient. The gradient must not change before that call. nothing: it is 0 on all ranks that share workers with
+        this one, and is not sent.
         """
         assert self.group is not None
-        flat = gradient.reshape(-1)
+        flat = gradient.reshape(-1)[: 0 if nothing else None]
         own = self.group.rank() - self.first
         sends, receives = [0] * self.group.size(), [0] * self.group.size()
         size = chunk(len(flat), self.count, own)[1]

@@ -195,14 +195,13 @@ class Loop:
             hook.on_step_begin(self)
         count = self.controller.next_batch(self.progress)
         before = self.progress.before(count, self.horizon.seq_len)
-        share = self.batches.load(GlobalBatch(before.samples, count), self.controller.micro_at(count))
+        share, measure = self._load(before, count)
         agree_on_plan(self.mesh, share, f"step {before.step + 1}")
         heartbeat.beat(Phase.EXCHANGE)
         tokens, signals = self.sum_over_ranks(share.valid_tokens, stop_requested)
         if not share.valid_tokens and not tokens:  # only a rank without targets waits here to hear whether others have any
             return self._pass_over(start, before, count, share, signals)
 
-        measure = self._measure(before)
         loss = self.engine.accumulate(share, tokens, measure)
         norm = self.engine.gradient_norm()
         moments = None if measure is Measure.NOTHING else self.engine.gradient_moments(count)
@@ -243,6 +242,13 @@ class Loop:
             self.island.heartbeat.beat(Phase.OUTER)
             self.stopping |= islands.exchange(after.step, stop=self._stop_here, last=self.finished)
         return True
+
+    def _load(self, before: Progress, count: int) -> tuple[Share, Measure]:
+        """Load the coming step's share of the global batch, dealt so that what the controller needs of it can be measured."""
+        measure = self._measure(before)
+        following = self._measure(before.after(count, count * self.horizon.seq_len))
+        dealt = {"by_worker": measure is not Measure.NOTHING, "next_by_worker": following is not Measure.NOTHING}
+        return self.batches.load(GlobalBatch(before.samples, count), self.controller.micro_at(count), **dealt), measure
 
     def _measure(self, before: Progress) -> Measure:
         """Return the gradient statistics that the controller needs of the coming step."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ...config.lazy import numpy as np
@@ -19,7 +20,8 @@ from ..config import ParallelConfig
 from ..context.zigzag import cut_document
 from ..layout import Layout, uses_fsdp
 from ..pipeline.stages import legal_micro_batches
-from .assignment import BLANK, HybridAssignment, Row
+from .assignment import HybridAssignment, Row
+from .by_worker import WorkerPlan, deal_by_worker
 from .cost import CostModel, costs_of
 from .pipelined import filled
 from .planning import assign, row_unit
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 class BatchDocuments:
     """The documents of a global batch, by number: the sample of each, where it begins there, and its length."""
 
+    batch: GlobalBatch
     samples: NDArray[np.int64]
     starts: NDArray[np.int64]
     lengths: list[int]
@@ -45,7 +48,14 @@ class BatchDocuments:
         found = [document_lengths(samples, index) for index in batch.indices()]
         owner = np.repeat(np.arange(batch.first, batch.first + batch.count), [len(lengths) for lengths in found])
         starts = np.concatenate([np.cumsum(lengths) - lengths for lengths in found])
-        return cls(owner, starts, np.concatenate(found).tolist())
+        return cls(batch, owner, starts, np.concatenate(found).tolist())
+
+    def workers(self, micro: int) -> list[list[int]]:
+        """List the documents of each micro-batch of `micro` samples, as `data.assignment` cuts the batch."""
+        first, count = self.batch.first, self.batch.count
+        starts = range(first, first + count, min(micro, count))
+        bounds = [*np.searchsorted(self.samples, starts).tolist(), len(self.lengths)]
+        return [list(range(begin, end)) for begin, end in pairwise(bounds)]
 
 
 @dataclass(frozen=True)
@@ -115,16 +125,31 @@ class HybridAssigner:
         method = "lockstep" if self.lockstep else "greedy"
         return assign(lengths, self.data_size, capacity, self.costs(capacity), method, self.stages, self.can_run)
 
-    def load(self, samples: Samples, batch: GlobalBatch, micro: int, data_rank: int) -> Share:
+    def plan_by_worker(self, documents: BatchDocuments, seq_len: int, micro: int) -> WorkerPlan:
+        """Deal the documents of a global batch, from samples of `seq_len` positions, worker by worker."""
+        capacity = self.row_tokens(seq_len, micro)
+        costs = self.costs(capacity)
+
+        def deal(lengths: Sequence[int], ranks: int) -> HybridAssignment:
+            return assign(lengths, ranks, capacity, costs, "lockstep", self.stages)
+
+        lengths, workers = documents.lengths, documents.workers(micro)
+        cost = costs.documents(lengths)
+        dealt = deal_by_worker(lengths, cost, workers, self.data_size, capacity, deal, self.can_run)
+        return replace(dealt, plan=replace(dealt.plan, lockstep=self.lockstep, stages=self.stages))
+
+    def load(self, samples: Samples, batch: GlobalBatch, micro: int, data_rank: int, *, by_worker: bool = False) -> Share:
         """Plan the step of a global batch, and read the rows of one data rank."""
         documents = BatchDocuments.of(samples, batch)
-        plan = self.plan(documents.lengths, samples.seq_len, micro)
+        measured = self.plan_by_worker(documents, samples.seq_len, micro) if by_worker else None
+        plan = self.plan(documents.lengths, samples.seq_len, micro) if measured is None else measured.plan
         row_tokens = self.row_tokens(samples.seq_len, micro)
         rows = _RowReader(samples, documents, plan, data_rank, partial(self.padded, row_tokens=row_tokens))
         return Share(
             [rows.read(row) for row in plan.rows[data_rank]],
             passes=plan.passes,
-            workers=sum(row != BLANK for rows in plan.rows for row in rows),
+            workers=0 if measured is None else measured.workers,
+            worker_rows=None if measured is None else measured.rows_of(data_rank),
             checksum=zlib.crc32(repr((documents.lengths, plan)).encode()),
             numbers={
                 "hybrid/planned_wait": plan.waiting(documents.lengths, self.costs(row_tokens)),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from meshloom.data.assignment import Assigner
-from meshloom.data.batch import GlobalBatch, Sample
+from meshloom.data.assignment import Assigner, Share
+from meshloom.data.batch import GlobalBatch, Sample, Samples
 from meshloom.data.loader import Loader
 from meshloom.data.synthetic import RandomTokens
 
@@ -65,6 +65,21 @@ def test_a_wrong_guess_is_thrown_away(samples: Recorded):
     assert first_tokens(loader, 6, 2, 1) == [[6], [7]]  # another micro-batch
     assert first_tokens(loader, 0, 2, 1) == [[0], [1]]  # another place
     loader.close()
+
+
+def test_a_batch_dealt_by_worker_is_guessed_where_the_next_step_is_measured(samples: Recorded):
+    class Noting(Assigner):
+        def load(self, samples: Samples, batch: GlobalBatch, micro: int, data_rank: int, *, by_worker: bool = False) -> Share:
+            asked.append((batch.first, by_worker))
+            return super().load(samples, batch, micro, data_rank, by_worker=by_worker)
+
+    asked: list[tuple[int, bool]] = []
+    loader = Loader(samples, Noting(), 0)
+    for first, measured, following in ((0, False, True), (2, True, False), (4, True, False), (6, False, False)):
+        loader.load(GlobalBatch(first, 2), 2, by_worker=measured, next_by_worker=following)
+    loader.close()
+    made = [each for each in asked if each[0] < 8 and each != (4, False)]  # a wrong guess may have been cancelled
+    assert made == [(0, False), (2, True), (4, True), (6, False)]
 
 
 def test_errors_reach_the_caller_only_when_they_matter():

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from meshloom.data.batch import MicroBatch
+from meshloom.data.batch import GlobalBatch, MicroBatch
 from meshloom.models.init import fill
 from meshloom.optim.batch.statistics import GradientStatistics
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.gradient_noise import Measure
+from meshloom.parallel.hybrid.cost import CostModel
+from meshloom.parallel.hybrid.share import BatchDocuments, HybridAssigner
+from meshloom.parallel.layout import Layout
 from meshloom.parallel.limits import measuring_problems
 from support.models import decoder
-from support.parity import Work, build, global_tokens, sample, share
+from support.parity import SEQ_LEN, UnevenSamples, Work, build, global_tokens, sample, share
 from support.ranks import run_ranks
 
 WORK = Work(micro=2, samples=16)
@@ -23,9 +28,9 @@ WORK = Work(micro=2, samples=16)
 def measured(rank: int, world_size: int, work: Work, measure: Measure) -> GradientStatistics | None:
     engine = build(work, world_size, measures=True)
     mesh = engine.mesh
-    mine = share(mesh, work, 0)
-    tokens = global_tokens(mesh, mine)
     for asked in (Measure.NOTHING, measure):  # a step that isn't measured leaves nothing behind for the next
+        mine = share(mesh, work, 0, by_worker=asked is not Measure.NOTHING)
+        tokens = global_tokens(mesh, mine)
         engine.accumulate(mine, tokens, asked)
         engine.gradient_norm()
         found = engine.gradient_moments(work.samples)
@@ -42,8 +47,9 @@ def oracle(work: Work) -> GradientStatistics:
     parts: list[torch.Tensor] = []
     tokens: list[int] = []
     for start in range(0, work.samples, work.micro):
-        batch = MicroBatch.collate([sample(index) for index in range(start, min(start + work.micro, work.samples))])
-        logits = model(batch.tokens_BS)
+        indices = range(start, min(start + work.micro, work.samples))
+        batch = MicroBatch.collate([sample(index, work.documents) for index in indices])
+        logits = model(batch.tokens_BS, None, batch.documents)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets_BS.flatten(), reduction="sum")
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         parts.append(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -80,6 +86,8 @@ LAYOUTS = [
 
 
 def title(value: object) -> str:
+    if isinstance(value, Work):
+        return f"{title(value.parallel)}-rows{value.parallel.hdp_tokens}-samples{value.samples}"
     if isinstance(value, ParallelConfig):
         cut = f"cp{value.cp}-{value.cp_kind}-tp{value.tp}-pp{value.pp}-{value.schedule}"
         return f"zero{value.zero}-rep{value.replicate}-{cut}"
@@ -145,6 +153,44 @@ def test_blanks_have_no_projection() -> None:
         assert found.projection_square == pytest.approx(expected.projection_square, rel=1e-9)
 
 
+def hybrid(tokens: int, samples: int, model: tuple[Any, ...] = (), **parallel: Any) -> Work:
+    config = ParallelConfig(hdp="greedy", hdp_tokens=tokens, **parallel)
+    return Work(config, micro=2, samples=samples, documents=True, model=(("layers", 4), *model))
+
+
+EXPERTS = (("experts", {"count": 8, "top_k": 2, "ffn_dim": 7, "shared": 1}),)
+HYBRID = [
+    (2, 1, 1, hybrid(32, 8, zero=1)),  # nothing is sent
+    (2, 2, 1, hybrid(19, 8, zero=0)),
+    (2, 2, 2, hybrid(9, 3, zero=2)),
+    (3, 3, 1, hybrid(12, 5, zero=3)),
+    (4, 2, 2, hybrid(16, 7, zero=1, ring_direct=1)),
+    (4, 2, 1, hybrid(17, 16, EXPERTS, zero=3, replicate=2)),
+    (4, 2, 2, hybrid(16, 6, zero=1, tp=2)),
+    (4, 2, 1, hybrid(17, 8, pp=2, zero=0, schedule="interleaved")),
+    (4, 2, 2, hybrid(9, 5, pp=2, zero=3, schedule="zb")),
+]
+"""Ranks, how many of them share a worker, the most of its rows on one of them, and what is measured."""
+
+
+@pytest.mark.parametrize(("ranks", "sharers", "rows", "work"), HYBRID, ids=title)
+def test_workers_whose_documents_are_dealt_by_cost(ranks: int, sharers: int, rows: int, work: Work) -> None:
+    expected = oracle(work)
+    assigner = HybridAssigner.of(work.parallel, Layout.plan(work.parallel, ranks), 2 * SEQ_LEN, CostModel(10.0, 100.0))
+    documents = BatchDocuments.of(UnevenSamples(work.documents), GlobalBatch(0, work.samples))
+    plan = assigner.plan_by_worker(documents, SEQ_LEN, work.micro)
+    turns = [each.turns for each in plan.groups]
+    assert plan.groups[0].ranks == sharers
+    assert max(Counter(own)[turn] for own in turns for turn in own if turn is not None) == rows
+    measure = Measure.SQUARES if work.parallel.tp > 1 else Measure.PROJECTIONS
+    for found in run_ranks(ranks, measured, work, measure):
+        assert found.workers == expected.workers and found.worker_samples == expected.worker_samples
+        assert found.worker_square == pytest.approx(expected.worker_square, rel=1e-9)
+        assert found.batch_square == pytest.approx(expected.batch_square, rel=1e-9)
+        if measure is Measure.PROJECTIONS:
+            assert found.projection_square == pytest.approx(expected.projection_square, rel=1e-9)
+
+
 def test_tied_embedding_counts_once() -> None:
     work = replace(WORK, parallel=ParallelConfig(zero=3), model=(("tied", True),))
     expected = oracle(work)
@@ -160,7 +206,6 @@ def test_one_worker_can_not_be_told_apart() -> None:
 @pytest.mark.parametrize(
     ("parallel", "tied", "projections", "key_word"),
     [
-        (ParallelConfig(hdp="greedy"), False, False, "parallel.hdp=none"),
         (ParallelConfig(pp=2), True, False, "tied"),
         (ParallelConfig(tp=2), False, True, "projections"),
         (ParallelConfig(engine="deepspeed"), False, True, "deepspeed"),

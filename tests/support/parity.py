@@ -151,10 +151,11 @@ def dealer(mesh: Mesh, work: Work) -> Dealer:
     return HybridAssigner.of(work.parallel, mesh.layout, work.micro * SEQ_LEN, CostModel(10.0, 100.0), measured=measured)
 
 
-def share(mesh: Mesh, work: Work, first: int) -> Share:
-    """This rank's share of the global batch that begins with a sample."""
+def share(mesh: Mesh, work: Work, first: int, *, by_worker: bool = False) -> Share:
+    """This rank's share of the global batch that begins with a sample. by_worker: as steps are dealt that are measured."""
     batch = GlobalBatch(first, work.samples)
-    return dealer(mesh, work).load(UnevenSamples(work.documents), batch, work.micro, mesh.data_rank)
+    samples = UnevenSamples(work.documents)
+    return dealer(mesh, work).load(samples, batch, work.micro, mesh.data_rank, by_worker=by_worker)
 
 
 def global_tokens(mesh: Mesh, share: Share) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,20 @@ def test_other_layouts_measure_and_grow_alike(
     """No size has to divide by the number of ranks, and `batch.multiple` is not set."""
     assert any(row["batch_samples"] % (2 * world_size) for row in alone)
     same(run_ranks(world_size, trained, str(tmp_path), LONG, layout)[0], alone)
+
+
+def test_documents_dealt_by_cost_measure_and_grow_alike(tmp_path: Path) -> None:
+    """Every third step is measured. A worker's documents then lie in rows of its own, on one rank or shared by both."""
+    draw = random.Random(5)
+    texts = [json.dumps({"text": "".join(draw.choices("abcdefgh ", k=draw.choice((4, 9, 20, 40))))}) for _ in range(2000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(texts))
+    words = ["data=jsonl", f"data.input={tmp_path}/a.jsonl", f"data.cache_dir={tmp_path}/cache", "data.tokenizer=bytes"]
+    words += ["data.document_mask=true", "data.packing=bestfit", "model.vocabulary=null", "batch.ema=0", "batch.eta=0.2"]
+    expected = run_ranks(1, trained, str(tmp_path / "alone"), 16 * 8 * 14, words)[0]
+    sizes = [row["batch_samples"] for row in expected]
+    assert sizes[-1] > sizes[0] and ["gradient_variance" in row for row in expected][:6] == 2 * [False, False, True]
+    hybrid = [*words, "parallel.zero=1", "parallel.hdp=greedy", "parallel.hdp_tokens=20"]
+    same(run_ranks(2, trained, str(tmp_path / "hybrid"), 16 * 8 * 14, hybrid)[0], expected)
 
 
 def test_stopped_and_resumed_on_another_layout(alone: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -88,9 +88,25 @@ def test_flops_are_those_of_each_document_at_its_length() -> None:
     assert share.flops == 50 * 50 + (10 * 71 - 40) + 2 * 25
 
 
-def test_blank_rows_are_no_workers() -> None:
-    for share in shares([[4]], 3, capacity=40):  # a third of the document, and a blank row
-        assert share.workers == 3 and len(share.micro_batches) == 2
+def test_a_measured_step_has_the_workers_of_a_run_without_it() -> None:
+    lengths, assigner = [[40], [10, 20], [5, 5, 5], [7], [30]], HybridAssigner(4, CostModel(1.0, 50.0), capacity=40)
+    batch = GlobalBatch(0, 5)
+    dealt = [assigner.load(Packed(lengths), batch, 2, rank, by_worker=True) for rank in range(4)]
+    told = [share.worker_rows for share in dealt]
+    assert {share.workers for share in dealt} == {3} and {len(share.micro_batches) for share in dealt} == {2}
+    assert [each and (each.ranks, each.own) for each in told] == 2 * [(2, (0,))] + 2 * [(2, (2, 1))]
+    held: dict[int, set[int]] = {}
+    for share, each in zip(dealt, told, strict=True):
+        assert each is not None
+        for row, turn in zip(share.micro_batches, each.turns, strict=True):
+            samples = {token // 10_000 - 100 for token in row.tokens_BS[0].tolist() if token}
+            if turn is None:
+                assert not samples
+            else:
+                held.setdefault(each.own[turn], set()).update(samples)
+    assert held == {0: {0, 1}, 1: {2, 3}, 2: {4}}
+    unmeasured = assigner.load(Packed(lengths), batch, 2, 0)
+    assert unmeasured.workers == 0 and unmeasured.worker_rows is None
 
 
 def test_no_row_is_filled_up_beyond_the_capacity() -> None:
