@@ -26,7 +26,7 @@ def choose_levels(mesh: Mesh, axis: DeviceMesh, kind: str, what: str) -> tuple[i
     if mesh.differ(str(levels)):
         levels, why = (len(hosts),), ", since hosts do not cut all groups of ranks alike"
     elif kind != "direct" and dealt_in_turns(hosts):
-        why = ", since the ranks of a host do not follow each other"
+        why = ", since the ranks of a host do not follow each other (--distribution=block would)"
     if mesh.is_main and len(set(mesh.hosts)) > 1:
         log.info("%s%s", describe(levels, what), why)
     return levels

@@ -143,7 +143,7 @@ def test_ranks_agree_on_levels_that_all_can_take() -> None:
     ]
     assert in_turns[1] == (
         "gradients (dense) are exchanged directly among 8 ranks: 7 messages a rank, since the ranks of a host do not"
-        " follow each other"
+        " follow each other (--distribution=block would)"
     )
     assert not any(lines for each in others for _, lines in each)
 
