@@ -1,13 +1,16 @@
 """The whole crash matrix: at least 1,000 injected faults, none of which may go unnoticed or cost a committed step.
 
-    python benchmarks/checkpoint_crash.py [--quick] [--tier disk|memory]
+    python benchmarks/checkpoint_crash.py [--quick] [--tier disk|memory] [--files rank|host]
 
 Prints a table: kind of fault, where, how often, and what came of it. Exit code 1 if any fault broke the invariant.
 """
 
+# pyright: basic, reportMissingImports=false
+
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import random
 import shutil
@@ -23,7 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from support import crash, crash_memory
 from support.crash import Damage, Fault
 
-FILES = ("manifest.json", "rank-00000.safetensors", "rank-00001.safetensors", "rank-00000.leaves", "rank-00001.leaves")
+FILES = {
+    "rank": ("rank-00000.safetensors", "rank-00001.safetensors", "rank-00000.leaves", "rank-00001.leaves"),
+    "host": ("host-00000.segments",),
+}
 
 
 def faults_of(mode: str, passed: dict[tuple[str, int], list[str]], every: int) -> list[tuple[str, Fault]]:
@@ -40,11 +46,11 @@ def faults_of(mode: str, passed: dict[tuple[str, int], list[str]], every: int) -
     return found
 
 
-def damages(count: int) -> list[Damage]:
+def damages(count: int, files: str) -> list[Damage]:
     """Random places in every region of every file."""
     rng = random.Random(1)
-    made: list[Damage] = [crash.swap(), crash.lost_rename()]
-    for file in FILES:
+    made: list[Damage] = [crash.lost_rename(), *([crash.swap()] if files == "rank" else [])]
+    for file in ("manifest.json", *FILES[files]):
         made.append(crash.remove(file))
         if file != "manifest.json":
             made.append(crash.stale(file))
@@ -59,22 +65,23 @@ def damages(count: int) -> list[Damage]:
 Case = tuple[str, str, Callable[[Path], str]]
 
 
-def disk_cases(work: Path, every: int) -> Iterator[Case]:
+def disk_cases(work: Path, every: int, files: str) -> Iterator[Case]:
     """Faults of saves to the disk, and damage done to it: the row of the table, what it is, and what does it in a folder."""
     base, finished = work / "base", work / "finished"
     crash.prepare(base)
     shutil.copytree(base, finished)
-    crash.run(finished)
+    crash.run(finished, files=files)
     for mode in ("sync", "async"):
         shutil.copytree(base, work / mode)
-        for row, fault in faults_of(mode, crash.boundaries(work / mode, mode, work), every):
+        for row, fault in faults_of(mode, crash.boundaries(work / mode, mode, work, files), every):
 
             def strike(folder: Path, fault: Fault = fault, mode: str = mode) -> str:
                 shutil.copytree(base, folder)
-                return crash.judge(folder, crash.run(folder, fault, mode=mode), go_on=fault.boundary % 5 == 0)
+                outcomes = crash.run(folder, fault, mode=mode, files=files)
+                return crash.judge(folder, outcomes, go_on=fault.boundary % 5 == 0)
 
             yield row, repr(fault), strike
-    for damage in damages(100 // every):
+    for damage in damages(100 // every, files):
 
         def spoil(folder: Path, damage: Damage = damage) -> str:
             shutil.copytree(finished, folder)
@@ -113,6 +120,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of it")
     parser.add_argument("--tier", choices=["disk", "memory"], help="half of it")
+    parser.add_argument("--files", choices=["rank", "host"], default="rank", help="checkpoint.files of the saves to the disk")
     arguments = parser.parse_args()
     every = 10 if arguments.quick else 1
     logging.disable(logging.CRITICAL)
@@ -123,7 +131,7 @@ def main() -> int:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
         work = Path(name)
-        tiers = {"disk": disk_cases, "memory": memory_cases}
+        tiers = {"disk": functools.partial(disk_cases, files=arguments.files), "memory": memory_cases}
         chosen = [tiers[arguments.tier]] if arguments.tier else list(tiers.values())
         for number, (row, what, act) in enumerate(case for tier in chosen for case in tier(work, every)):
             folder = work / f"case{number}"

@@ -14,7 +14,8 @@ import torch
 
 from ..config.problems import ConfigError, Problem
 from ..parallel.fragment import Fragment
-from .config import CheckpointConfig
+from ..parallel.hosts import host_number
+from .config import OBJECT_STORE_FAULT, CheckpointConfig
 from .control import Control, Round
 from .errors import CheckpointError, SavesFailed
 from .identity import RunIdentity
@@ -79,6 +80,8 @@ class Checkpointer:
         local = self._target.path if isinstance(self._target, LocalTarget) else None
         if in_memory and local is None:
             raise ConfigError([Problem("checkpoint.memory_every", "needs a mounted folder to find the keepers by", "use null")])
+        if config.files == "host" and local is None:
+            raise ConfigError([Problem("checkpoint.files", OBJECT_STORE_FAULT, "use rank")])
         on_disk = config.snapshot_folder is not None
         count = 3 if in_memory else 1 if on_disk else 2
         pool = StagingPool(limit, count, least=2 if in_memory else 1, folder=config.snapshot_folder)
@@ -86,7 +89,7 @@ class Checkpointer:
             target=self._target,
             pool=pool,
             writer=Writer(),
-            planner=Planner(),
+            planner=Planner(host_number() if config.files == "host" else None),
             memory=MemoryTier(local, control.rank, config.memory_group, pool, config.timeout) if in_memory and local else None,
             predecessors=None if local is None else Predecessors(local),
             config=config,

@@ -7,6 +7,9 @@ from typing import ClassVar
 
 from ..config.keys import Side, key
 from ..config.problems import Problem
+from .files import is_remote
+
+OBJECT_STORE_FAULT = "host needs a mounted folder: processes can't write parts of one file to an object store"
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,11 @@ class CheckpointConfig:
     memory_group: int = key(2, "ranks that protect each other's snapshots: any one of a group may be lost; 2 is a mirror")
     folder: str | None = key(
         None, "a path or an fsspec URL such as s3://bucket/run; null: <output_dir>/checkpoints", Side.PLACEMENT
+    )
+    files: str = key(
+        "rank",
+        "rank: each rank writes a file, and its digests beside it; host: the ranks of a host write one file, with the digests"
+        " in it. Not on object stores, which can't be written at offsets",
     )
     host_memory_gib: float | None = key(
         None,
@@ -74,6 +82,10 @@ class CheckpointConfig:
         if self.folder is not None and self.folder.startswith("memory://"):
             fix = "give a path, or the URL of a store that other processes see, too"
             refuse("folder", f"'{self.folder}' is the memory of one process, and another one writes checkpoints", fix)
+        if self.files not in ("rank", "host"):
+            refuse("files", f"there are no files of a {self.files!r}", "use rank or host")
+        if self.files == "host" and self.folder is not None and is_remote(self.folder):
+            refuse("files", OBJECT_STORE_FAULT, "use rank")
         if self.host_memory_gib is not None and not self.host_memory_gib > 0:
             refuse("host_memory_gib", f"{self.host_memory_gib} leaves no room", "use null for room for two snapshots")
         if self.device_memory_gib is not None and not self.device_memory_gib >= 0:

@@ -14,7 +14,8 @@ from typing import Any
 from .errors import CheckpointError, DamageError
 from .files import Files, LocalFiles, is_remote, open_files
 from .identity import RunIdentity
-from .manifest import MANIFEST, Manifest, StoredFile, prove_manifest
+from .manifest import MANIFEST, Manifest, prove_manifest
+from .stored_file import StoredFile
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +94,8 @@ def check_length(files: Files, manifest: Manifest, file: StoredFile, sizes: Mapp
 
 def length_faults(files: Files, manifest: Manifest, file: StoredFile, sizes: Mapping[str, int | None]) -> Iterator[DamageError]:
     """List what is wrong with the lengths of a data file and of the file with its digests. sizes: of the folder's files."""
-    for name, expected in ((file.name, file.bytes), (file.leaves, manifest.leaves_bytes(file))):
-        size = sizes.get(name)
+    for name in dict.fromkeys((file.name, file.leaves)):
+        size, expected = sizes.get(name), manifest.lengths[name]
         if size is None:
             yield DamageError(files.label(name), "the file is missing")
         elif size != expected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +13,15 @@ from ..parallel.box import Box
 from .digest import BLOCK_BYTES, DIGEST_BYTES, HASH_NAME, LEAF_BYTES, text_digest
 from .errors import CheckpointError, DamageError
 from .identity import UNNAMED, RunIdentity
+from .stored_file import StoredFile, digests_bytes, misplaced_segment, segment_end
 
 if TYPE_CHECKING:
     from .planning.tiling import Tiling
 
 FORMAT = "meshloom-checkpoint"
 VERSION = 4
-KNOWN = (1, 2, 3, 4)  # up to version 3 the manifest listed every box, and every block's digest: docs/checkpoint.md
+HOST_FILES_VERSION = 5  # of a step with files of hosts; others are written as before, for earlier readers
+KNOWN = (1, 2, 3, 4, 5)  # up to version 3 the manifest listed every box, and every block's digest: docs/checkpoint.md
 MANIFEST = "manifest.json"
 _TILINGS_LINE = b'\n"tilings": {'
 _ARRAYS_LINE = b'\n"arrays": {'
@@ -108,30 +111,6 @@ class StoredArray(GlobalArray):
 
 
 @dataclass
-class StoredFile:
-    """One data file: its length, the file with its leaves' digests, and what proves these.
-
-    leaves  empty for another program's file, which has no digests
-    digest  of the digests of its blocks, which lie behind the leaves'
-    rank    that wrote it; header: bytes before its first value
-    blocks  the digests of its blocks themselves, which the manifest had up to format version 3
-    """
-
-    name: str
-    bytes: int
-    leaves: str
-    digest: str = ""
-    rank: int = -1
-    header: int = 0
-    blocks: bytes = b""
-
-    @property
-    def has_digests(self) -> bool:
-        """True if what is read of it can be checked."""
-        return bool(self.leaves)
-
-
-@dataclass
 class Manifest:
     """Everything about a checkpoint except the arrays' bytes.
 
@@ -163,9 +142,25 @@ class Manifest:
         return -(-file.bytes // self.leaf_bytes)
 
     def leaves_bytes(self, file: StoredFile) -> int:
-        """Length of a file with the digests of a data file."""
-        blocks = 0 if file.blocks else -(-file.bytes // self.block_bytes)
-        return (self.leaf_count(file) + blocks) * DIGEST_BYTES
+        """Length of the digests of a data file."""
+        if file.blocks:
+            return self.leaf_count(file) * DIGEST_BYTES
+        return digests_bytes(file.bytes, self.leaf_bytes, self.block_bytes)
+
+    def segment_end(self, file: StoredFile) -> int:
+        """Byte at which a segment ends, with its digests and the zeros behind them."""
+        return segment_end(file.start, file.bytes, self.leaf_bytes, self.block_bytes)
+
+    @functools.cached_property
+    def lengths(self) -> dict[str, int]:
+        """Length of each file that the step consists of, besides the manifest, by name."""
+        found: dict[str, int] = {}
+        for file in self.files:
+            if file.is_segment:
+                found[file.name] = max(found.get(file.name, 0), self.segment_end(file))
+            else:
+                found |= {file.name: file.bytes, file.leaves: self.leaves_bytes(file)}
+        return found
 
     def count_boxes(self, array: StoredArray) -> int:
         """Number of boxes that an array is stored in."""
@@ -179,7 +174,7 @@ class Manifest:
         lines = [
             "{",
             f'"format": {json.dumps(FORMAT)},',
-            f'"version": {VERSION},',
+            f'"version": {HOST_FILES_VERSION if any(file.is_segment for file in self.files) else VERSION},',
             f'"step": {self.step},',
             f'"world_size": {self.world_size},',
             f'"run": {_compact(None if self.run is None else self.run.as_dict())},',
@@ -190,7 +185,7 @@ class Manifest:
             f'"state": {_compact(self.state, sort_keys=False)},',  # the order of sources and stages has a meaning
             f'"suffix": {json.dumps(self.suffix)},',
             '"files": [',
-            ",\n".join(f'[{f.rank},{f.bytes},{f.header},"{f.digest}"]' for f in self.files),
+            ",\n".join(_compact(_row_of(file)) for file in self.files),
             "],",
             encode_arrays(self.arrays, self.tilings) if arrays_text is None else arrays_text,
         ]
@@ -240,9 +235,9 @@ class Manifest:
         )
 
 
-def data_file_names(rank: int, suffix: str = "") -> tuple[str, str]:
-    """Names of a rank's data file and of its leaves' digests."""
-    return f"rank-{rank:05d}{suffix}.safetensors", f"rank-{rank:05d}{suffix}.leaves"
+def _row_of(file: StoredFile) -> list[int | str]:
+    row: list[int | str] = [file.rank, file.bytes, file.header, file.digest]
+    return [*row, file.host, file.start] if file.is_segment else row
 
 
 def _files_from_json(content: dict[str, Any]) -> list[StoredFile]:
@@ -251,11 +246,9 @@ def _files_from_json(content: dict[str, Any]) -> list[StoredFile]:
             StoredFile(f["name"], f["bytes"], f["leaves"], rank=number, blocks=bytes.fromhex("".join(f["blocks"])))
             for number, f in enumerate(content["files"])
         ]
-    files: list[StoredFile] = []
-    for rank, size, header, digest in content["files"]:
-        name, leaves = data_file_names(rank, content["suffix"])
-        files.append(StoredFile(name, size, leaves, digest, rank, header))
-    return files
+    if content["version"] < HOST_FILES_VERSION:
+        return [StoredFile.of_rank(*row, suffix=content["suffix"]) for row in content["files"]]
+    return [StoredFile.segment(*row) for row in content["files"]]
 
 
 def _tilings_from_json(content: dict[str, Any], files: Sequence[StoredFile], where: str) -> list[Tiling]:
@@ -280,7 +273,7 @@ def _tilings_from_json(content: dict[str, Any], files: Sequence[StoredFile], whe
 
 
 def prove_manifest(manifest: Manifest, where: str) -> None:
-    """Check that the tiling of every array covers it. Raises DamageError naming the array."""
+    """Check that the tiling of every array covers it, and that segments follow each other. Raises DamageError."""
     proved: set[tuple[int, tuple[int, ...]]] = set()
     for key, array in manifest.arrays.items():
         if (array.tiling, array.shape) in proved:
@@ -295,6 +288,9 @@ def prove_manifest(manifest: Manifest, where: str) -> None:
     stored, whole = sum(f.bytes - f.header for f in manifest.files), sum(array.bytes for array in manifest.arrays.values())
     if stored != whole:
         raise DamageError(where, f"its arrays have {whole} bytes, and its files hold {stored}")
+    misplaced = misplaced_segment(manifest.files, manifest.leaf_bytes, manifest.block_bytes)
+    if misplaced is not None:
+        raise DamageError(where, f"{misplaced.title}, does not begin where the one before it ends")
 
 
 def encode_arrays(arrays: dict[str, StoredArray], tilings: list[Tiling]) -> str:

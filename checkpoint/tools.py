@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,8 +26,12 @@ def verify(files: Files) -> Iterator[DamageError | int]:
         yield error
         return
     sizes, reader = files.sizes(), Reader(files, manifest)
+    told: set[str] = set()
     for number in range(len(manifest.files)):
-        yield from verify_file(reader, number, sizes)
+        for found in itertools.chain(verify_file(reader, number, sizes), _faults_behind(reader, number, sizes)):
+            if str(found) not in told or isinstance(found, int):  # the length of a host's file is wrong for all its segments
+                yield found
+            told.add(str(found))
 
 
 def verify_file(reader: Reader, number: int, sizes: Mapping[str, int | None]) -> Iterator[DamageError | int]:
@@ -64,21 +69,38 @@ def _verify_blocks(reader: Reader, number: int, *, proved: bool) -> Iterator[Dam
     with files.reader(file.name) as opened:
         for block, at in enumerate(range(0, file.bytes, span)):
             view = memoryview(buffer)[: min(span, file.bytes - at)]
-            opened.fill(view, at)
+            opened.fill(view, file.start + at)
             leaves.append(leaf_digests(view, leaf))
             lengths.append(len(view))
             if listed and block_digests(leaves[-1], leaf, span) != listed[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]:
-                yield DamageError(files.label(file.name), "its bytes do not match the manifest", block)
+                yield DamageError(files.label(file.title), "its bytes do not match the manifest", block)
             elif listed:
                 yield len(view)
     whole = b"".join(leaves)
     if not listed:
         if text_digest(block_digests(whole, leaf, span)) != file.digest:
-            yield DamageError(files.label(file.name), "its bytes do not match the manifest")
+            yield DamageError(files.label(file.title), "its bytes do not match the manifest")
         else:
             yield from lengths
-    elif proved and block_digests(files.read(file.leaves)[: len(whole)], leaf, span) != listed:
-        yield DamageError(files.label(file.leaves), f"it does not hold the digests of {file.name}")
+    elif proved and block_digests(reader.leaves_of(number), leaf, span) != listed:
+        yield DamageError(files.label(file.leaves_title), f"it does not hold the digests of {file.name}")
+
+
+def _faults_behind(reader: Reader, number: int, sizes: Mapping[str, int | None]) -> Iterator[DamageError]:
+    """Check that only zeros follow a segment's digests, up to where the next one begins. Nobody needs them to restore."""
+    files, manifest = reader.files, reader.manifest
+    file = manifest.files[number]
+    if not file.is_segment or sizes.get(file.name) != manifest.lengths[file.name]:
+        return
+    start = file.digests_start + manifest.leaves_bytes(file)
+    rest = bytearray(manifest.segment_end(file) - start)
+    try:
+        with files.reader(file.name) as opened:
+            opened.fill(memoryview(rest), start)
+        if any(rest):
+            yield DamageError(files.label(file.title), f"its digests end at byte {start}, and not only zeros follow")
+    except DamageError as error:
+        yield error
 
 
 def _check_header(reader: Reader, number: int) -> None:
@@ -137,7 +159,7 @@ def summary(files: Files) -> dict[str, object]:
         "step": manifest.step,
         "saved_by_ranks": manifest.world_size,
         "bytes": manifest.bytes,
-        "files": {file.name: file.bytes for file in manifest.files},
+        "files": {file.name: manifest.lengths[file.name] for file in manifest.files},
         "roles": roles,
         "state": manifest.state,
     }

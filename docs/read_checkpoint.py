@@ -1,12 +1,12 @@
-"""Read a Meshloom checkpoint with `numpy` and `safetensors` alone: a second reader of docs/checkpoint.md, formats 1 to 4.
+"""Read a Meshloom checkpoint with `numpy` and `safetensors` alone: a second reader of docs/checkpoint.md, formats 1 to 5.
 
     python read_checkpoint.py step-00000200                       # what is in it
     python read_checkpoint.py step-00000200 weight/norm.weight    # one array, put together from its boxes
     from read_checkpoint import Checkpoint; Checkpoint("step-00000200")["weight/norm.weight"]
 
 It checks that the manifest is complete, that files are there with their lengths, and that the safetensors headers say what the
-manifest says. In format 4 the headers alone list the boxes; it checks that these are as large as the arrays. It does not check
-digests (that takes `xxhash`): `meshloom checkpoint verify` does.
+manifest says. From format 4 on the headers alone list the boxes; it checks that these are as large as the arrays. It does not
+check digests (that takes `xxhash`): `meshloom checkpoint verify` does.
 """
 
 # pyright: basic
@@ -39,19 +39,22 @@ class Checkpoint:
             raise ValueError(f"{self.folder}: the manifest is cut off")
         self.manifest = json.loads(text)
         version = self.manifest["version"]
-        if self.manifest["format"] != "meshloom-checkpoint" or version > 4:
-            raise ValueError(f"{self.folder}: not a meshloom-checkpoint of version 1 to 4")
+        if self.manifest["format"] != "meshloom-checkpoint" or version > 5:
+            raise ValueError(f"{self.folder}: not a meshloom-checkpoint of version 1 to 5")
         self.step, self.state, self.arrays = (self.manifest[key] for key in ("step", "state", "arrays"))
-        if version == 4:
-            names = [f"rank-{rank:05d}{self.manifest['suffix']}.safetensors" for rank, *_ in self.manifest["files"]]
-            self.files = [(name, size) for name, (_, size, *_) in zip(names, self.manifest["files"], strict=True)]
+        if version < 4:
+            self.files = [(file["name"], 0, file["bytes"]) for file in self.manifest["files"]]
+        elif version == 4:
+            suffix = f"{self.manifest['suffix']}.safetensors"
+            self.files = [(f"rank-{rank:05d}{suffix}", 0, size) for rank, size, *_ in self.manifest["files"]]
         else:
-            self.files = [(file["name"], file["bytes"]) for file in self.manifest["files"]]
-        for number, (name, size) in enumerate(self.files):
-            if (self.folder / name).stat().st_size != size:
+            self.files = [(f"host-{host:05d}.segments", at, size) for _, size, _, _, host, at in self.manifest["files"]]
+        ends = {name: self._end(start, size) for name, start, size in self.files}  # of a host's segments the last one's counts
+        for number, (name, _, _) in enumerate(self.files):
+            if (self.folder / name).stat().st_size != ends[name]:
                 raise ValueError(f"{name}: wrong length")
             found = list(self._boxes(number))
-            if version == 4:
+            if version >= 4:
                 for key, box in found:
                     self.arrays[key].setdefault("boxes", []).append(box)
             elif found != self._listed(number):
@@ -60,23 +63,34 @@ class Checkpoint:
             if sum(math.prod(box["shape"]) for box in array["boxes"]) != math.prod(array["shape"]):
                 raise ValueError(f"{key}: its boxes do not make it up")
 
+    def _end(self, start, size):
+        """Where a file ends, or a segment: behind its digests, and zeros up to the next page."""
+        if self.manifest["version"] < 5:
+            return size
+        leaf, block = self.manifest["leaf_bytes"], self.manifest["block_bytes"]
+        return math.ceil((start + size + 16 * (math.ceil(size / leaf) + math.ceil(size / block))) / leaf) * leaf
+
     def _boxes(self, number):
-        """The boxes that a file's header lists, as the safetensors library sees it, in the file's order."""
-        path = self.folder / self.files[number][0]
+        """The boxes that a file's header lists, in the file's order."""
+        path, first = self.folder / self.files[number][0], self.files[number][1]
         with path.open("rb") as file:
+            file.seek(first)
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-        with safe_open(path, "np") as file:
-            for name in sorted(file.keys(), key=lambda name: header[name]["data_offsets"]):
-                key, _, at = name.rpartition("@")
-                part, offsets = file.get_slice(name), [int(each) for each in at.split(",") if each]
-                shape, span = part.get_shape(), [8 + length + each for each in header[name]["data_offsets"]]
-                box = {"offsets": offsets, "shape": shape, "file": number, "range": span}
-                if len(shape) > len(offsets):
-                    box |= {"panels": shape[0], "shape": [*shape[1:-1], shape[0] * shape[-1]]}
-                if part.get_dtype() != self.arrays[key]["dtype"]:
-                    raise ValueError(f"{name}: its header and the manifest disagree")
-                yield key, box
+        header.pop("__metadata__", None)
+        if self.manifest["version"] < 5:
+            with safe_open(path, "np") as file:  # which checks the header, of whole files only
+                assert set(file.keys()) == set(header)
+        for name, entry in sorted(header.items(), key=lambda each: each[1]["data_offsets"]):
+            key, _, at = name.rpartition("@")
+            shape, offsets = entry["shape"], [int(each) for each in at.split(",") if each]
+            box = {"offsets": offsets, "shape": shape, "file": number}
+            box["range"] = [first + 8 + length + each for each in entry["data_offsets"]]
+            if len(shape) > len(offsets):
+                box |= {"panels": shape[0], "shape": [*shape[1:-1], shape[0] * shape[-1]]}
+            if entry["dtype"] != self.arrays[key]["dtype"]:
+                raise ValueError(f"{name}: its header and the manifest disagree")
+            yield key, box
 
     def _listed(self, number):
         """The same as a manifest up to format 3 lists them."""

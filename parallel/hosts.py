@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import zlib
 from pathlib import Path
@@ -19,3 +20,8 @@ def host_name() -> str:
 def host_code() -> int:
     """Return a number that is the same on all ranks of this host."""
     return zlib.crc32(host_name().encode())
+
+
+def host_number() -> int:
+    """Return a number from 0 to 2⁶³ − 1 of this host that no other has, as far as chance goes."""
+    return int.from_bytes(hashlib.blake2b(host_name().encode(), digest_size=8).digest(), "little") >> 1

@@ -17,10 +17,11 @@ from ..dtypes import bytes_of, in_panels, name_of
 from ..errors import CheckpointError
 from ..files import is_remote, open_files
 from ..folder import list_steps, step_name
-from ..manifest import Manifest, StoredFile, data_file_names, state_fault
+from ..manifest import Manifest, state_fault
 from ..planning.description import Declaration, Description
 from ..planning.plan import SavePlan, lay_out
 from ..saving.commit import new_token, open_target
+from ..stored_file import StoredFile, data_file_names
 from ..writing.disk import sync_folder, write_small
 
 

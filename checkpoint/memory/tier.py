@@ -26,9 +26,10 @@ from ..control import Round
 from ..digest import BLOCK_BYTES, DIGEST_BYTES, LEAF_BYTES
 from ..errors import CheckpointError, DamageError
 from ..files import Files, RangeReader
-from ..manifest import MANIFEST, Manifest, data_file_names
+from ..manifest import MANIFEST, Manifest
 from ..planning.gathering import ChangeGathering
 from ..saving.staging import StagingBuffer, StagingPool
+from ..stored_file import data_file_names
 from .keeper import Keeper, dismiss, registered
 from .parity import block_bytes, make_groups, span_of
 from .wire import Address, Connection

@@ -13,7 +13,7 @@ import functools
 import json
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -66,16 +66,22 @@ class Entry(GlobalArray):
     cut: int
 
 
+def _no_hosts() -> Integers:
+    return np.empty((2, 0), np.int64)
+
+
 @dataclass(frozen=True)
 class Description:
     """The state of some ranks.
 
     text      the arrays, by key in sorted order (`encode_entries`): the same on most ranks, and then never taken apart
     holdings  the tables, in the order in which the arrays first use them
+    hosts     (2, ranks) the ranks, and which host each is on, for files of hosts; otherwise nothing is said of them
     """
 
     text: str
     holdings: tuple[Holdings, ...]
+    hosts: Integers = field(default_factory=_no_hosts)
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -83,8 +89,11 @@ class Description:
         return _decoded(self.text)
 
     @classmethod
-    def of(cls, declarations: Sequence[Declaration], rank: int) -> Description:
-        """Describe the state of one rank. Raises CheckpointError where it declares an array in two ways."""
+    def of(cls, declarations: Sequence[Declaration], rank: int, host: int | None = None) -> Description:
+        """Describe the state of one rank. Raises CheckpointError where it declares an array in two ways.
+
+        host: a number of its host, where it shares a file with the other ranks there
+        """
         first: dict[str, Declaration] = {}
         boxes: dict[str, list[Box]] = {}
         for declared in declarations:
@@ -98,7 +107,8 @@ class Description:
             held = first[key].shape, tuple(sorted(set(boxes[key])))
             entries.append(_entry(first[key], cuts.setdefault(held, len(cuts))))
         tables = (Holdings(np.full(len(held), rank, np.int64), *columns_of(held)) for _, held in cuts)
-        return cls(encode_entries(entries), tuple(tables))
+        hosts = _no_hosts() if host is None else np.array([[rank], [host]], np.int64)
+        return cls(encode_entries(entries), tuple(tables), hosts)
 
     def encode(self) -> bytes:
         """Encode as a message."""
@@ -111,17 +121,21 @@ class Description:
             "ranks": pack(np.concatenate(ranks)) if ranks else "",
             "boxes": pack_boxes(boxes) if boxes else "",
         }
+        if self.hosts.size:
+            content["hosts"] = pack(self.hosts.reshape(-1))
         return json.dumps(content, separators=(",", ":")).encode()
 
     @classmethod
     def decode(cls, message: bytes) -> Description:
         """Decode what `encode` gave."""
         content: dict[str, Any] = json.loads(message)
+        hosts = unpack(content["hosts"]).reshape(2, -1) if "hosts" in content else _no_hosts()
         if not content["rows"]:
-            return cls(content["entries"], ())
+            return cls(content["entries"], (), hosts)
         ranks = np.split(unpack(content["ranks"]), np.cumsum(content["rows"])[:-1])
         boxes = unpack_boxes(content["boxes"], content["rows"], content["dims"])
-        return cls(content["entries"], tuple(Holdings(held, *table) for held, table in zip(ranks, boxes, strict=True)))
+        tables = (Holdings(held, *table) for held, table in zip(ranks, boxes, strict=True))
+        return cls(content["entries"], tuple(tables), hosts)
 
 
 def join(descriptions: Sequence[Description]) -> Description:
@@ -131,9 +145,10 @@ def join(descriptions: Sequence[Description]) -> Description:
     """
     if len(descriptions) == 1:
         return descriptions[0]
+    hosts = np.concatenate([each.hosts for each in descriptions], 1)
     if all(each.text == descriptions[0].text for each in descriptions[1:]):  # nearly always: tables go together by number
         tables = [_stack(tables) for tables in zip(*(each.holdings for each in descriptions), strict=True)]
-        return Description(descriptions[0].text, tuple(tables))
+        return Description(descriptions[0].text, tuple(tables), hosts)
     where: dict[str, list[tuple[int, int]]] = {}  # of each array: (number of the description, its table there)
     known: dict[str, tuple[Entry, int]] = {}
     for number, description in enumerate(descriptions):
@@ -146,7 +161,7 @@ def join(descriptions: Sequence[Description]) -> Description:
     cuts: dict[tuple[tuple[int, int], ...], int] = {}
     entries = [_entry(known[key][0], cuts.setdefault(tuple(where[key]), len(cuts))) for key in sorted(known)]
     tables = [_stack([descriptions[number].holdings[cut] for number, cut in parts]) for parts in cuts]
-    return Description(encode_entries(entries), tuple(tables))
+    return Description(encode_entries(entries), tuple(tables), hosts)
 
 
 def encode_entries(entries: Sequence[Entry]) -> str:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from ...parallel.box import Box
 from ..digest import LEAF_BYTES
 from ..errors import CheckpointError
-from ..manifest import FORMAT, VERSION, StoredArray, encode_arrays, entry_name, entry_shape
+from ..manifest import FORMAT, VERSION, GlobalArray, StoredArray, encode_arrays, entry_name, entry_shape
+from ..stored_file import segment_starts
 from .description import Declaration, Description
 from .tiling import DEAL_BYTES, Tiling, deal_turns
 
@@ -37,10 +40,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class SavePlan:
-    """The plan of a save: a pure function of the description of all ranks' state, which each rank derives for itself."""
+    """The plan of a save: a pure function of the description of all ranks' state, which each rank derives for itself.
+
+    hosts  of each rank the first one on its host, where these share a file; empty: each rank writes a file of its own
+    """
 
     arrays: dict[str, StoredArray]
     tilings: list[Tiling]
+    hosts: dict[int, int] = field(default_factory=dict[int, int])
 
     @classmethod
     def of(cls, description: Description, least: int = DEAL_BYTES) -> SavePlan:
@@ -61,7 +68,7 @@ class SavePlan:
             entry.key: StoredArray(entry.name, entry.role, entry.dtype, entry.shape, entry.splits, tiling=entry.cut, turn=turn)
             for entry, turn in zip(description.entries, turns, strict=True)
         }
-        return cls(arrays, tilings)
+        return cls(arrays, tilings, _hosts_of(description))
 
     @functools.cached_property
     def text(self) -> str:
@@ -72,6 +79,27 @@ class SavePlan:
     def bytes(self) -> int:
         """Size of all arrays in bytes."""
         return sum(array.bytes for array in self.arrays.values())
+
+    def lay_out(self, rank: int, declarations: Sequence[Declaration]) -> FileLayout:
+        """Compute what a rank writes of the fragments that it has declared, and where."""
+        layout = lay_out(declarations, self.pieces(rank, declarations))
+        if not self.hosts or not layout.bytes:
+            return layout
+        before = [other for other, host in self.hosts.items() if host == self.hosts[rank] and other < rank]
+        start = segment_starts([*map(self.file_bytes, before), layout.bytes])[-1]
+        return replace(layout, segment=Segment(self.hosts[rank], start))
+
+    def file_bytes(self, rank: int) -> int:
+        """Compute the length of what any rank writes, from what it holds."""
+        arrays = list(self.arrays.values())
+        holds = [rank in tiling.owners for tiling in self.tilings]
+        pieces = [
+            Piece(number, box, panels_for(box, array.item_bytes))
+            for number, array in enumerate(arrays)
+            if holds[array.tiling]
+            for box in self.tilings[array.tiling].written_by(rank, array.item_bytes, array.turn)
+        ]
+        return lay_out(arrays, pieces).bytes
 
     def pieces(self, rank: int, declarations: Sequence[Declaration]) -> list[Piece]:
         """List what a rank writes of the fragments that it has declared."""
@@ -85,6 +113,18 @@ class SavePlan:
                 source = next(index for index in indices if is_inside(box, declarations[index].box))
                 pieces.append(Piece(source, box, panels_for(box, array.item_bytes)))
         return pieces
+
+
+def _hosts_of(description: Description) -> dict[int, int]:
+    """Return the first rank on the host of each. Raises CheckpointError where only some ranks say where they are."""
+    ranks, hosts = description.hosts.tolist()
+    if not ranks:
+        return {}
+    silent = next((int(rank) for table in description.holdings for rank in np.setdiff1d(table.ranks, ranks)), None)
+    if silent is not None:
+        raise CheckpointError(f"checkpoint.files is host on rank {ranks[0]} and not on rank {silent}; start all with the same")
+    first: dict[int, int] = {}
+    return {rank: first.setdefault(host, rank) for rank, host in zip(ranks, hosts, strict=True)}
 
 
 def is_inside(box: Box, outer: Box) -> bool:
@@ -127,12 +167,24 @@ class Copy:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """The place of a rank's data in the file of its host: the host's number (its first rank), and the first byte."""
+
+    host: int
+    start: int
+
+
+@dataclass(frozen=True)
 class FileLayout:
-    """One rank's safetensors file, byte for byte, except the arrays' values. Without pieces there is no file."""
+    """One rank's safetensors file, byte for byte, except the arrays' values. Without pieces there is no file.
+
+    segment  where all of it goes in the file of its host; None: it is a file of its own
+    """
 
     header: bytes
     placed: tuple[PlacedPiece, ...]
     bytes: int
+    segment: Segment | None = None
 
     @functools.cached_property
     def copies(self) -> tuple[Copy, ...]:
@@ -158,7 +210,7 @@ def _copies_of(piece: PlacedPiece) -> Iterator[Copy]:
         yield Copy(piece.source, piece.dtype, box, count, start, start + count * panel_bytes)
 
 
-def lay_out(declarations: Sequence[Declaration], pieces: Sequence[Piece]) -> FileLayout:
+def lay_out(declarations: Sequence[GlobalArray], pieces: Sequence[Piece]) -> FileLayout:
     """Compute the offset of each piece in its rank's file.
 
     Pieces of whole leaves come first, so that reading one reads no leaf of another; then wider types before narrower ones,
@@ -173,7 +225,7 @@ def lay_out(declarations: Sequence[Declaration], pieces: Sequence[Piece]) -> Fil
 
     order = sorted(pieces, key=position)
     entries: dict[str, object] = {"__metadata__": {"format": "pt", "written_by": f"{FORMAT} version {VERSION}"}}
-    spans: list[tuple[Piece, Declaration, int, int]] = []
+    spans: list[tuple[Piece, GlobalArray, int, int]] = []
     at = 0
     for piece in order:
         declaration = declarations[piece.source]

@@ -12,7 +12,7 @@ from ..digest import text_digest
 from ..errors import CheckpointError
 from .description import Declaration, Description, declare, join
 from .gathering import ChangeGathering, Note
-from .plan import NO_FILE, NOTHING, SavePlan, lay_out
+from .plan import NO_FILE, NOTHING, SavePlan
 
 # What a rank says beside what it holds: nothing is in the way; the disk is still at an earlier save; no memory is free.
 FREE, DISK_BUSY, NO_MEMORY = "free", "disk busy", "no memory"
@@ -27,7 +27,9 @@ class Planner:
     A rank also says which plan it has: one that gave up a save before it got that save's plan must not go on with an older one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host: int | None = None) -> None:
+        """host: a number of this rank's host, where ranks of a host share a file."""
+        self._host = host
         self.layout = NO_FILE
         self._plan = NO_PLAN  # digest of the description that `layout` was derived from
         self._declarations: tuple[Declaration, ...] = ()
@@ -64,8 +66,7 @@ class Planner:
 
     def adopt(self, description: bytes, rank: int) -> None:
         """Derive this rank's share of a new plan from the description of all ranks' state."""
-        plan = SavePlan.of(Description.decode(description))
-        self.layout = lay_out(self._declarations, plan.pieces(rank, self._declarations))
+        self.layout = SavePlan.of(Description.decode(description)).lay_out(rank, self._declarations)
         self._plan = text_digest(description)
 
     def forget(self) -> None:
@@ -77,7 +78,7 @@ class Planner:
         identity = [(f.name, f.role, f.global_shape, f.box, f.splits, f.tensor.dtype) for f in fragments]
         if identity != self._identity or not self._mine:
             self._declarations = declare(fragments)
-            self._mine = Description.of(self._declarations, rank).encode()
+            self._mine = Description.of(self._declarations, rank, self._host).encode()
             self._identity = identity
 
 

@@ -15,7 +15,8 @@ from ..digest import DIGEST_BYTES, text_digest
 from ..errors import CheckpointError, DamageError
 from ..files import Files, RangeReader
 from ..folder import check_length
-from ..manifest import MANIFEST, Manifest, StoredArray, StoredBox, StoredFile
+from ..manifest import MANIFEST, Manifest, StoredArray, StoredBox
+from ..stored_file import StoredFile
 from .index import FileIndex, Locator
 from .raw import RAW
 
@@ -70,7 +71,7 @@ class Reader:
     def __post_init__(self) -> None:
         self._proved: dict[tuple[int, int], bytes] = {}
         self._blocks: dict[int, bytes] = {}
-        self._measured: set[int] = set()
+        self._measured: set[str] = set()
         self._locator = Locator(self.manifest, self.files.label(MANIFEST))
 
     def read(self, wanted: Iterable[tuple[StoredArray, Box]]) -> list[Raw]:
@@ -126,7 +127,7 @@ class Reader:
             place(item, buffer, base)
         self.traffic.wanted = wanted_before  # nobody has asked for a header
         for number, header in headers.items():
-            label = self.files.label(self.manifest.files[number].name)
+            label = self.files.label(self.manifest.files[number].title)
             self._locator.indexes[number] = FileIndex.parse(self.manifest, number, header.tobytes(), label)
 
     def fetch(self, items: list[ReadItem]) -> Iterator[tuple[ReadItem, np.ndarray[Any, np.dtype[np.uint8]], int]]:
@@ -158,14 +159,14 @@ class Reader:
 
     @contextlib.contextmanager
     def open(self, number: int) -> Generator[RangeReader]:
-        """Open a data file, after a look at its length."""
+        """Open a rank's data for reading from its first byte on, after a look at the file's length."""
         file = self.manifest.files[number]
-        if file.has_digests and number not in self._measured:
-            sizes = {name: self.files.size(name) for name in (file.name, file.leaves)}
+        if file.has_digests and file.name not in self._measured:
+            sizes = {name: self.files.size(name) for name in {file.name, file.leaves}}
             check_length(self.files, self.manifest, file, sizes)
-            self._measured.add(number)
+            self._measured.add(file.name)
         with self.files.reader(file.name) as opened:
-            yield opened
+            yield _From(opened, file.start) if file.start else opened
 
     def _batches(self, items: list[ReadItem]) -> Iterator[list[ReadItem]]:
         batch: list[ReadItem] = []
@@ -218,7 +219,7 @@ class Reader:
                 expected = blocks[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]
                 if xxhash.xxh3_128_digest(data[at : at + span]) != expected:
                     what = f"the digests of {file.name} do not match the manifest"
-                    raise DamageError(self.files.label(file.leaves), what, first + block)
+                    raise DamageError(self.files.label(file.leaves_title), what, first + block)
             while len(self._proved) >= PROOFS_KEPT:
                 del self._proved[next(iter(self._proved))]
             self._proved[number, proof] = data
@@ -231,14 +232,20 @@ class Reader:
             start = self.manifest.leaf_count(file) * DIGEST_BYTES
             blocks = file.blocks or self._read_digests(file, start, self.manifest.leaves_bytes(file) - start)
             if not file.blocks and text_digest(blocks) != file.digest:
-                raise DamageError(self.files.label(file.leaves), f"the digests of {file.name} do not match the manifest")
+                what = f"the digests of {file.name} do not match the manifest"
+                raise DamageError(self.files.label(file.leaves_title), what)
             self._blocks[number] = blocks
         return self._blocks[number]
+
+    def leaves_of(self, number: int) -> bytes:
+        """The digests of a file's leaves, as they are: nothing has proved them."""
+        file = self.manifest.files[number]
+        return self._read_digests(file, 0, self.manifest.leaf_count(file) * DIGEST_BYTES)
 
     def _read_digests(self, file: StoredFile, start: int, size: int) -> bytes:
         data = bytearray(size)
         with self.files.reader(file.leaves) as reader:
-            reader.fill(memoryview(data), start)
+            reader.fill(memoryview(data), file.digests_start + start)
         self.traffic.read += size
         return bytes(data)
 
@@ -256,8 +263,24 @@ class Reader:
         keys = sorted({array.key for array, stored in boxes if stored.start < stop and stored.stop > offset})
         inside = f" (inside {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})" if keys else ""
         return DamageError(
-            self.files.label(file.name), f"{what}, at byte {offset}{inside}", block=offset // self.manifest.block_bytes
+            self.files.label(file.title), f"{what}, at byte {offset}{inside}", block=offset // self.manifest.block_bytes
         )
+
+
+@dataclass(frozen=True)
+class _From:
+    """An open file from some byte on, which counts as its first."""
+
+    opened: RangeReader
+    start: int
+
+    def expect(self, offset: int, length: int) -> None:
+        """See RangeReader."""
+        self.opened.expect(self.start + offset, length)
+
+    def fill(self, target: memoryview, offset: int) -> None:
+        """See RangeReader."""
+        self.opened.fill(target, self.start + offset)
 
 
 def header_items(number: int, target: Raw) -> Iterator[ReadItem]:

@@ -133,7 +133,7 @@ class SharedReader(Reader):
         for take, message in arrivals:
             data = message.numpy()
             if data[-1]:
-                label = self.files.label(self.manifest.files[number].name)
+                label = self.files.label(self.manifest.files[number].title)
                 self._note(DamageError(label, "the rank that read it for the others found damage"))
             rows[take] = data[:-1].reshape(-1, leaf)
 

@@ -21,13 +21,14 @@ from ..control import Round
 from ..errors import CheckpointError
 from ..faults import reach
 from ..identity import RunIdentity
-from ..manifest import Manifest, data_file_names
+from ..manifest import Manifest
 from ..planning.plan import NO_FILE, NOTHING, FileLayout
 from ..planning.planner import DISK_BUSY, FREE, NO_MEMORY
 from ..report import SaveReport, culprit_of
+from ..stored_file import StoredFile, data_file_names, host_file_name
 from ..writing.writer import Request
 from .commit import NO_ROOM, new_token
-from .file_report import FileReport, failure, failure_in, join_reports
+from .file_report import FileReport, failure, failure_in, join_reports, segments_of
 from .progress import SavePhase, SaveProgress
 from .save_context import SaveContext
 from .snapshot import Snapshot
@@ -242,8 +243,12 @@ class Save:
         buffer.watermark.set(0)
         request = None
         if self.disk and layout.bytes:
-            name, leaves = data_file_names(self.talk.control.rank, context.target.suffix(self._token))
-            request = Request(buffer, layout.bytes, context.target.place(self.step, self._token), name, leaves)
+            folder = context.target.place(self.step, self._token)
+            if layout.segment is None:
+                name, leaves = data_file_names(self.talk.control.rank, context.target.suffix(self._token))
+                request = Request(buffer, layout.bytes, folder, name, leaves)
+            else:
+                request = Request(buffer, layout.bytes, folder, host_file_name(layout.segment.host), "", layout.segment.start)
         follow = request is not None and self.turn.writer_is_free
         if follow and request is not None:
             self._writing = True
@@ -292,7 +297,7 @@ class Save:
         fault = failure_in(reports)
         if fault is None:
             assert context.memory is not None
-            manifest = self._manifest(FileReport.read_all(reports), "")
+            manifest = self._manifest([report.file("") for report in FileReport.read_all(reports)], "")
             context.memory.leave_manifest(self.talk, zlib.compress(manifest.encode(self._whole.text), 1))
         return json.dumps({"error": fault}).encode()
 
@@ -303,7 +308,9 @@ class Save:
 
     def _commit_all(self, context: SaveContext, reports: bytes) -> bytes:
         """The coordinator's part, once all files are written."""
-        manifest = self._manifest(FileReport.read_all(reports), context.target.suffix(self._token))
+        said, hosts, suffix = FileReport.read_all(reports), self._whole.hosts, context.target.suffix(self._token)
+        files = segments_of(said, hosts) if hosts else [report.file(suffix) for report in said]
+        manifest = self._manifest(files, suffix)
         context.target.commit(manifest, manifest.encode(self._whole.text), self._token)
         return json.dumps({"bytes": manifest.bytes}).encode()
 
@@ -334,9 +341,8 @@ class Save:
         self.snapshot.release()
         self.progress.reach(SavePhase.SNAPSHOTTED)
 
-    def _manifest(self, reports: list[FileReport], suffix: str) -> Manifest:
+    def _manifest(self, files: list[StoredFile], suffix: str) -> Manifest:
         """The coordinator's part: what the ranks say they wrote must be as much as there is."""
-        files = [report.file(suffix) for report in reports]
         written, whole = sum(file.bytes - file.header for file in files), self._whole
         if written != whole.bytes:
             raise CheckpointError(f"the ranks wrote {written} bytes, and the arrays have {whole.bytes}")

@@ -6,7 +6,7 @@ import time
 
 from ..digest import BLOCK_BYTES, leaf_digests, seal
 from ..faults import reach
-from .disk import Ready, Written
+from .image import Ready, Written
 
 
 def write_image_remote(image: memoryview, folder: str, name: str, leaves: str, ready: Ready) -> Written:

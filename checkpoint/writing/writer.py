@@ -16,23 +16,28 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import CheckpointError
-from .disk import Written
 from .handover import Giver, SharedMemory
+from .image import Written
 
 EXIT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Request:
-    """Make files `name` and `leaves` in `folder` (a path or URL) out of the first `size` bytes of a staging buffer."""
+    """Make files `name` and `leaves` in `folder` (a path or URL) out of the first `size` bytes of a staging buffer.
+
+    start: byte of file `name` at which a segment begins, which has the digests in it; None: it is a file of the rank's own
+    """
 
     memory: SharedMemory
     size: int
     folder: str
     name: str
     leaves: str
+    start: int | None = None
 
     @property
     def target(self) -> str:
@@ -74,7 +79,8 @@ class Writer:
             self._start()
         assert self._giver is not None and self._request is None, "one after the other"
         self._request = request
-        what = {"size": request.size, "folder": request.folder, "name": request.name, "leaves": request.leaves}
+        what: dict[str, Any] = {"size": request.size, "folder": request.folder, "name": request.name}
+        what |= {"leaves": request.leaves, "start": request.start}
         with contextlib.suppress(OSError):  # it died just now: `end` says how
             self._giver.send(what, request.memory)
 

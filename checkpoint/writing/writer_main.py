@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..faults import install_from_environment
-from .disk import Ready, Written, write_image
 from .handover import Taker
+from .image import Ready, Written, write_image, write_segment
 from .remote_write import write_image_remote
 from .watermark import Watermark
 
@@ -44,16 +44,19 @@ def _answer(request: dict[str, Any], memory: memoryview, parent: int) -> bytes:
     try:
         ready = functools.partial(Watermark(memory).wait, alive=lambda: os.getppid() == parent)
         image = memory[: request["size"]]
-        written = _write(image, request["folder"], request["name"], request["leaves"], ready)
+        written = _write(image, request, ready)
         return json.dumps(dataclasses.asdict(written)).encode() + b"\n"
     except Exception as error:  # the trainer decides what a failure means
         return json.dumps({"error": f"writing {request['name']}: {type(error).__name__}: {error}"}).encode() + b"\n"
 
 
-def _write(image: memoryview, folder: str, name: str, leaves: str, ready: Ready) -> Written:
+def _write(image: memoryview, request: dict[str, Any], ready: Ready) -> Written:
     """To a local folder or an fsspec URL."""
+    folder, name, leaves, start = (request[key] for key in ("folder", "name", "leaves", "start"))
     if "://" in folder:
         return write_image_remote(image, folder, name, leaves, ready)
+    if start is not None:
+        return write_segment(image, Path(folder) / name, start, ready)
     return write_image(image, Path(folder) / name, Path(folder) / leaves, ready)
 
 

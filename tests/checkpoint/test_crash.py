@@ -60,6 +60,15 @@ def test_kill_at_any_boundary_loses_only_steps_since_the_commit(base: Path, tmp_
     assert len(seen) > 10
 
 
+def test_kill_while_ranks_write_one_file_loses_only_steps_since_the_commit(base: Path, tmp_path: Path) -> None:
+    passed = crash.boundaries(copy(base, tmp_path, 0), "async", tmp_path, "host")
+    for number, name in enumerate(["data.open.before", "data.write.after", "data.fsync.before", "data.folder.fsync.after"], 1):
+        rank = number % 2
+        folder = copy(base, tmp_path, number)
+        fault = Fault("kill", rank, "writer", passed["writer", rank].index(name) + 1)
+        crash.judge(folder, crash.run(folder, fault, mode="async", files="host"), go_on=number == 1)
+
+
 @pytest.mark.parametrize("kind", ["enospc", "eio", "short"])
 def test_errors_and_short_writes_are_reported_or_harmless(base: Path, tmp_path: Path, kind: str) -> None:
     passed = crash.boundaries(copy(base, tmp_path, 0), "sync", tmp_path)
@@ -76,19 +85,25 @@ def test_errors_and_short_writes_are_reported_or_harmless(base: Path, tmp_path: 
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("kind", ["enospc", "short"])
-def test_errors_in_a_writer_process(base: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "files"), [("enospc", "rank"), ("short", "rank"), ("short", "host")])
+def test_errors_in_a_writer_process(base: Path, tmp_path: Path, kind: str, files: str) -> None:
     for index in (1, 4, 9):
         folder = copy(base, tmp_path, index)
-        outcomes = crash.run(folder, Fault(kind, 1, "writer", index), mode="async")
+        outcomes = crash.run(folder, Fault(kind, 1, "writer", index), mode="async", files=files)
         crash.judge(folder, outcomes)
 
 
-def test_damage_to_any_region_of_any_file_is_refused_by_name(base: Path, tmp_path: Path) -> None:
+RANK_FILES = ("rank-00000.safetensors", "rank-00001.safetensors", "rank-00000.leaves")
+
+
+@pytest.mark.parametrize(("kind", "files"), [("rank", RANK_FILES), ("host", ("host-00000.segments",))])
+def test_damage_to_any_region_of_any_file_is_refused_by_name(
+    base: Path, tmp_path: Path, kind: str, files: tuple[str, ...]
+) -> None:
     finished = copy(base, tmp_path, 0)
-    crash.run(finished)
-    damages = [crash.swap(), crash.lost_rename()]
-    for file in ("manifest.json", "rank-00000.safetensors", "rank-00001.safetensors", "rank-00000.leaves"):
+    crash.run(finished, files=kind)
+    damages = [crash.lost_rename(), *([crash.swap()] if kind == "rank" else [])]
+    for file in ("manifest.json", *files):
         damages += [crash.remove(file), crash.stale(file)] if file != "manifest.json" else [crash.remove(file)]
         damages += [make(file, position) for make in (crash.flip, crash.cut, crash.zero_tail) for position in (0, 0.3, 0.999)]
     for number, damage in enumerate(damages, 1):

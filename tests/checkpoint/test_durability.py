@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from meshloom.checkpoint.writing.disk import write_image
+from meshloom.checkpoint.writing.image import write_image, write_segment
 from support.checkpoint_runs import save_steps
 
 
@@ -34,6 +34,11 @@ def test_a_ranks_file_is_on_the_disk_when_its_writer_says_so(tmp_path: Path, eve
     write_image(memoryview(bytearray(5000)), tmp_path / "data", tmp_path / "leaves", lambda _: None)
     assert events[-1] == f"sync {tmp_path.name}"
     assert {"sync data", "sync leaves"} <= set(events[:-1])
+
+
+def test_a_segment_and_its_digests_are_on_the_disk_after_one_sync_of_the_file(tmp_path: Path, events: list[str]) -> None:
+    write_segment(memoryview(bytearray(5000)), tmp_path / "data", 8192, lambda _: None)
+    assert events == ["sync data", f"sync {tmp_path.name}"]
 
 
 def test_manifest_then_name_then_announcement_each_on_the_disk(tmp_path: Path, events: list[str]) -> None:

@@ -12,6 +12,8 @@ from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError, DamageError
+from meshloom.checkpoint.files import open_files
+from meshloom.checkpoint.folder import load_manifest
 from meshloom.checkpoint.restore import RestoreReport, restore
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment
@@ -50,9 +52,9 @@ def fragment(key: str, tensor: torch.Tensor, box: Box | None = None) -> Fragment
     return Fragment(name, role, tuple(tensor.shape), box, tensor[box.slices()].clone())
 
 
-def save(folder: Path, arrays: Arrays, stages: list[list[int]] = STAGES) -> Path:
+def save(folder: Path, arrays: Arrays, stages: list[list[int]] = STAGES, files: str = "rank") -> Path:
     def body(control: Control) -> None:
-        checkpointer = Checkpointer(folder, control, CheckpointConfig(mode="sync", timeout=60))
+        checkpointer = Checkpointer(folder, control, CheckpointConfig(mode="sync", timeout=60, files=files))
         mine = [fragment(key, each) for key, each in arrays.items() if stage_of(key, stages) == control.rank]
         checkpointer.save(7, mine, {})
         checkpointer.finish()
@@ -79,19 +81,22 @@ def load(step: Path, shapes: Mapping[str, torch.Tensor], *, rebuild: bool = True
     return {one.key: torch.cat([one.tensor, two.tensor]) for one, two in zip(*ranks, strict=True)}, reports[0]
 
 
-def flip(file: Path) -> None:
+def flip(file: Path, at: int = -3) -> None:
     data = bytearray(file.read_bytes())
-    data[-3] ^= 1
+    data[at] ^= 1
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("how", ["missing", "flipped", "without digests"])
+@pytest.mark.parametrize("how", ["missing", "flipped", "without digests", "flipped in a host's file"])
 def test_a_lost_stage_is_the_mean_of_those_beside_it(tmp_path: Path, how: str) -> None:
     """Weighted by the sums of second moments of each stage; first moments begin at zero, and all else is as it was."""
     arrays = model()
-    step = save(tmp_path, arrays)
+    step = save(tmp_path, arrays, files="host" if "host" in how else "rank")
     file = step / "rank-00001.safetensors"
-    if how == "flipped":
+    if "host" in how:
+        own = load_manifest(open_files(step)).files[1]
+        flip(step / own.name, own.start + own.bytes - 3)
+    elif how == "flipped":
         flip(file)
     else:
         (file if how == "missing" else step / "rank-00001.leaves").unlink()
@@ -113,7 +118,7 @@ def test_a_lost_stage_is_the_mean_of_those_beside_it(tmp_path: Path, how: str) -
     (layers,) = report.rebuilt
     assert (layers.lost, layers.before, layers.behind) == ([2, 3], [0, 1], [4, 5])
     assert layers.shares == pytest.approx([before / (before + behind), behind / (before + behind)])
-    assert len(report.damage) == 1 and "rank-00001" in report.damage[0]
+    assert len(report.damage) == 1 and ("segment of rank 1" if "host" in how else "rank-00001") in report.damage[0]
 
 
 def test_without_second_moments_the_shares_are_halves(tmp_path: Path) -> None:

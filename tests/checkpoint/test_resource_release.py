@@ -21,7 +21,7 @@ import pytest
 from meshloom.checkpoint import faults
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.folder import KEEPERS
-from meshloom.checkpoint.manifest import Manifest, StoredFile
+from meshloom.checkpoint.manifest import Manifest
 from meshloom.checkpoint.memory import tier
 from meshloom.checkpoint.memory.keeper import Keeper, registered
 from meshloom.checkpoint.memory.tier import Predecessors
@@ -29,6 +29,7 @@ from meshloom.checkpoint.memory.wire import Address, Connection
 from meshloom.checkpoint.saving.commit import LocalTarget
 from meshloom.checkpoint.saving.snapshot import Snapshot
 from meshloom.checkpoint.saving.staging import StagingBuffer
+from meshloom.checkpoint.stored_file import StoredFile
 from support.checkpoint_runs import open_run, restored_step, save_steps
 from support.checkpoint_worlds import fragments, make_arrays
 from support.mapped_memory import staging_buffers_mapped

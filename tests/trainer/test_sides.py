@@ -49,7 +49,7 @@ EACH = {
     "tasks": {PLACEMENT: "folder", HABIT: "names every few_shot limit"},
     "checkpoint": {
         PLACEMENT: "folder snapshot_folder strict lost_layers",
-        HABIT: "every keep mode memory_every memory_group host_memory_gib device_memory_gib failures timeout",
+        HABIT: "every keep mode files memory_every memory_group host_memory_gib device_memory_gib failures timeout",
     },
 }
 """Group → side → its keys. Where data lie is placement; what they are, and what is made of them, is recipe."""

@@ -18,7 +18,8 @@ from ....models.config import decoder_config
 from ....models.families import FAMILIES, Family
 from ...errors import CheckpointError
 from ...files import LocalFiles
-from ...manifest import Manifest, StoredArray, StoredFile
+from ...manifest import Manifest, StoredArray
+from ...stored_file import StoredFile
 from ..tokenizer import carry_tokenizer
 from .encodings import Tensor, decodable
 from .headers import read_headers, read_json, some

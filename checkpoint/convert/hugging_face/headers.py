@@ -12,7 +12,8 @@ from typing import Any
 from ....config.names import name_fault
 from ....parallel.box import Box
 from ...errors import CheckpointError
-from ...manifest import ITEM_BYTES, StoredArray, StoredBox, StoredFile
+from ...manifest import ITEM_BYTES, StoredArray, StoredBox
+from ...stored_file import StoredFile
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
