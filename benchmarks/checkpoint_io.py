@@ -7,6 +7,8 @@ busies the disk under the next, and medians printed, since disks and neighbours 
 may go on (for Meshloom async: the call; "staged": until it may change the tensors).
 """
 
+# pyright: basic, reportMissingImports=false, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import argparse
@@ -113,9 +115,8 @@ def dcp_async(bench: Bench, kind: AsyncCheckpointerType, stager: DefaultStager |
     """DCP's async_save; with a stager that stages in the background, `staged` is when it is done."""
     start = time.perf_counter()
     writer = dcp.FileSystemWriter(bench.fresh())
-    response: Any = dcp.async_save(
-        bench.state(), storage_writer=writer, async_checkpointer_type=kind, **({"async_stager": stager} if stager else {})
-    )
+    more: Any = {"async_stager": stager} if stager else {}
+    response: Any = dcp.async_save(bench.state(), storage_writer=writer, async_checkpointer_type=kind, **more)
     blocks = time.perf_counter() - start
     staged = blocks
     if hasattr(response, "staging_completion"):
@@ -139,7 +140,7 @@ def ours(bench: Bench, checkpointer: Checkpointer, step: int) -> Times:
         time.sleep(0.001)
     total = time.perf_counter() - start
     assert reports[0].outcome == "committed", reports[0].reason
-    shutil.rmtree(bench.folder / checkpointer.config.mode / step_name(step))
+    shutil.rmtree(bench.folder / f"{checkpointer.config.mode}-{checkpointer.config.files}" / step_name(step))
     return {"blocks": blocks, "staged": staged, "total": total}
 
 
@@ -150,7 +151,12 @@ def measure(bench: Bench, rounds: int, memory: mmap.mmap, only: str) -> None:
     shared = DefaultStager(in_background)
     steps = itertools.count(1)
     thread, process = AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS
-    mine = {mode: Checkpointer(bench.folder / mode, Control.alone(), CheckpointConfig(mode=mode, keep=0)) for mode in MODES}
+    mine = {
+        kind: Checkpointer(
+            bench.folder / "-".join(kind), Control.alone(), CheckpointConfig(mode=kind[0], files=kind[1], keep=0)
+        )
+        for kind in KINDS
+    }
     for checkpointer in mine.values():
         checkpointer.prepare(bench.fragments())
     modes: dict[str, Callable[[], Times]] = {
@@ -162,8 +168,7 @@ def measure(bench: Bench, rounds: int, memory: mmap.mmap, only: str) -> None:
         "DCP async, thread, reused stager": lambda: dcp_async(bench, thread, reused),
         "DCP async, process": lambda: dcp_async(bench, process, None),
         "DCP async, process, shared memory": lambda: dcp_async(bench, process, shared),
-        "Meshloom sync": lambda: ours(bench, mine["sync"], next(steps)),
-        "Meshloom async": lambda: ours(bench, mine["async"], next(steps)),
+        **{f"Meshloom {', files='.join(kind)}": lambda kind=kind: ours(bench, mine[kind], next(steps)) for kind in KINDS},
     }
     chosen = {name: mode for name, mode in modes.items() if only in name or name.startswith("raw")}
     for number in range(rounds + 1):
@@ -180,7 +185,7 @@ def measure(bench: Bench, rounds: int, memory: mmap.mmap, only: str) -> None:
         checkpointer.finish()
 
 
-MODES = ("sync", "async")
+KINDS = (("sync", "rank"), ("async", "rank"), ("async", "host"))  # checkpoint.mode and checkpoint.files
 
 
 def report(bench: Bench) -> None:
@@ -194,19 +199,23 @@ def report(bench: Bench) -> None:
         print(f"| {name} | {blocks:.3f} | {staged:.3f} | {total:.2f} | {total / floor:.2f} |")
 
 
-def partial_reads(bench: Bench) -> None:
-    """Restoring one eighth: what is read, digests of the leaves included, over what is needed."""
-    folder = bench.folder / "partial"
-    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync"))
+def reads(bench: Bench, files: str) -> None:
+    """Restoring one eighth, and all: what is read, digests of the leaves included, over what is needed."""
+    folder = bench.folder / f"reads-{files}"
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", files=files))
     checkpointer.save(1, bench.fragments(), {"step": 1})
     checkpointer.finish()
-    print("\n| one eighth of | needed MiB | read MiB | ratio | s |\n|---|---:|---:|---:|---:|")
-    for what, dim in (("the rows", 0), ("every row", 1)):
+    print(f"\n| files={files} | needed MiB | read MiB | ratio | s |\n|---|---:|---:|---:|---:|")
+    for what, dim, share in (("an eighth of the rows", 0, 8), ("an eighth of every row", 1, 8), ("all", 0, 1)):
+        for path in (folder / step_name(1)).iterdir():  # from the disk, not from the page cache
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
         wanted: list[Fragment] = []
         for index, tensor in enumerate(bench.tensors):
             offsets, shape = [0, 0], list(tensor.shape)
-            shape[dim] //= 8
-            offsets[dim] = 3 * shape[dim]
+            shape[dim] //= share
+            offsets[dim] = 3 * shape[dim] % tensor.shape[dim]
             box = Box(tuple(offsets), tuple(shape))
             wanted.append(Fragment(f"t{index}", "weight", tuple(tensor.shape), box, torch.empty(shape)))
         found = restore(folder, wanted, Control.alone())
@@ -239,7 +248,8 @@ def main() -> None:
             memory[:] = os.urandom(1 << 20) * (len(memory) // (1 << 20)) + bytes(len(memory) % (1 << 20))
             measure(bench, arguments.rounds, memory, arguments.only)
             report(bench)
-            partial_reads(bench)
+            for files in ("rank", "host"):
+                reads(bench, files)
     dist.destroy_process_group()
 
 

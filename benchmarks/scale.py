@@ -12,14 +12,17 @@ that the played rank exchanges are counted there. Nothing is said of how fast a 
 from __future__ import annotations
 
 import json
+import random
 import sys
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from scale_state import MODELS, ROLES, Tensor, box_of, declarations, describe, layouts
 from torch._C._distributed_c10d import HashStore
@@ -100,13 +103,25 @@ def first_plan(row: Row, tensors: list[Tensor], layout: Layout) -> tuple[SavePla
     row["description, bytes"] = len(whole)
 
     def derive() -> FileLayout:
-        plan = SavePlan.of(Description.decode(whole))
-        return lay_out(held, plan.pieces(rank, held))
+        return SavePlan.of(Description.decode(whole)).lay_out(rank, held)
 
     file = timed(row, "rank: derive its plan, s", derive)
     row["rank: derive its plan, peak bytes"] = peak_of(derive)
     row["header of its file, bytes"] = len(file.header)
+    files_of_hosts(row, tensors, layout, whole)
     return SavePlan.of(Description.decode(whole)), whole
+
+
+def files_of_hosts(row: Row, tensors: list[Tensor], layout: Layout, whole: bytes) -> None:
+    """The same with checkpoint.files=host: the last rank of a host derives how long the others' parts are, too."""
+    ranks = layout.world_size
+    codes = [random.Random(rank // HOST).getrandbits(63) for rank in range(ranks)]
+    described = replace(Description.decode(whole), hosts=np.array([range(ranks), codes], np.int64)).encode()
+    row["files of hosts: description, bytes"] = len(described)
+    last = ranks * 5 // 8 // HOST * HOST + HOST - 1
+    held = tuple(declarations(tensors, layout, last))
+    plan = timed(row, "files of hosts: derive, s", lambda: SavePlan.of(Description.decode(described)).lay_out(last, held))
+    assert plan.segment is not None and plan.segment.host == last - HOST + 1
 
 
 def later_plan(row: Row, tensors: list[Tensor], layout: Layout, whole: bytes) -> None:
