@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from .context.ring import ring_forward
 from .kept_results import Keeps, keeping
 from .on_host import BlockingCopies, Copies, on_host
 from .policies import POLICIES
+
+Timer = Callable[[], AbstractContextManager[None]]
+"""Makes a context that measures what is done in it."""
 
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -91,12 +95,21 @@ def _checkpointed(forward: Callable[..., Any], keep: Callable[[], Any] | None) -
     return run
 
 
+def _timed(forward: Callable[..., Any], timer: Timer) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with timer():
+            return forward(*args, **kwargs)
+
+    return run
+
+
 def apply_policies(
     blocks: Sequence[nn.Module],
     policies: Sequence[str],
     *,
     compiled: bool = False,
     hidden: Sequence[Callable[[], Copies | None]] = (),
+    timed: Sequence[Timer | None] = (),
 ) -> None:
     """Make each block keep what its policy says, and compile it where asked to, before it is sharded.
 
@@ -109,6 +122,7 @@ def apply_policies(
     offload    keep everything, in host memory
 
     hidden: begins a pass over each block under policy "none" whose results may go to the host (`on_host.RowOffload`)
+    timed: measures the forward passes of each block; None: they are not measured
 
     Checkpointing is inside of what is compiled, so that the compiler sees what is computed again and fuses it; copies to
     the host are outside, because it can't see them. Around a tensor-parallel block, policy "full" is outside too: the
@@ -127,8 +141,13 @@ def apply_policies(
             continue
         if policy in ("selective", "full"):
             block.forward = _checkpointed(block.forward, contexts)
+        timer = timed[number] if timed else None
         begin = BlockingCopies if policy == "offload" else hidden[number] if hidden and policy == "none" else None
         if begin is not None:
             block.forward = on_host(block, torch.compile(block.forward) if compiled else block.forward, begin)
-        elif compiled:
+        elif compiled and timer is None:
             block.compile()
+        elif compiled:
+            block.forward = torch.compile(block.forward)
+        if timer is not None:  # outside of what is compiled
+            block.forward = _timed(block.forward, timer)

@@ -25,6 +25,7 @@ from ..optim.horizon import Horizon
 from ..optim.progress import Progress
 from ..optim.schedules.coupling import Coupling
 from ..optim.schedules.schedule import Schedule
+from ..parallel.compute_time import StepWork
 from ..parallel.engine import Engine
 from ..parallel.gradient_noise import Measure, Moments
 from ..parallel.heartbeat import Phase
@@ -40,6 +41,8 @@ from .signals import StopRequest
 from .stages.written import Stage
 
 log = logging.getLogger(__name__)
+
+WORK_NUMBERS = len(StepWork._fields)
 
 
 class PlansDiffer(RuntimeError):
@@ -101,8 +104,7 @@ class Loop:
     guard     judges its steps; None: a number that is not finite ends the run
     horizon   of the whole run
     stage     the stage that it trains, of a run that has some
-    own_work  seconds that each rank itself worked in the step before that of the newest metrics, by rank
-    ring_wait  seconds that each waited in its passes for messages of rings, of the same step
+    work      the work of each rank in the step before that of the newest metrics, by rank
     """
 
     mesh: Mesh
@@ -121,11 +123,10 @@ class Loop:
     stage: Stage | None = None
     progress: Progress = field(default_factory=Progress)
     stopping: bool = False
-    own_work: list[float] = field(default_factory=list[float])
-    ring_wait: list[float] = field(default_factory=list[float])
+    work: list[StepWork] = field(default_factory=list[StepWork])
     _pending: list[Pending] = field(default_factory=list)
     _began: DeviceTimestamp = field(init=False)
-    _own_work: torch.Tensor | None = None
+    _work: torch.Tensor | None = None
     _stop_here: bool = False
     _delivered: bool = False
     _peak: float | None = None
@@ -209,7 +210,7 @@ class Loop:
         if self.guard is not None:
             scalars |= self.guard.judge(loss, norm, count)
         # Copied before the update, so that a controller that needs them does not wait for it.
-        numbers = Deferred(scalars if moments is None else {**scalars, **moments.scalars}, self._own_work)
+        numbers = Deferred(scalars if moments is None else {**scalars, **moments.scalars}, self._work)
         done = DeviceTimestamp(self.mesh.device)
         if self.max_grad_norm is not None:
             self.engine.clip(self.max_grad_norm, norm)
@@ -265,27 +266,25 @@ class Loop:
             for hook in self.hooks:
                 hook.before_update(self)
         self.progress = before.after(count, count * self.horizon.seq_len)
-        numbers = Deferred({"loss": zero, "grad_norm": zero, **signals}, self._own_work)
+        numbers = Deferred({"loss": zero, "grad_norm": zero, **signals}, self._work)
         counts = self._record(start, 0.0, DeviceTimestamp(self.mesh.device), numbers, None, share, learned=False)
         return counts and self._join_islands(zero, zero)
 
     def sum_over_ranks(self, valid_tokens: int, stop_requested: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Sum over all ranks of the island, in one collective: valid tokens of the batch, signals to end the run, and own work.
+        """Sum over all ranks of the island, in one collective: valid tokens of the batch, signals to end the run, and work.
 
         The signals count the ranks on which a stop was requested, and those on which a hook has a fault. All ranks of a data
-        rank (its pipeline, context and tensor peers) count the same tokens; the sum is divided by them. Own work is the seconds
-        that each rank itself worked in its newest step, and behind them those that each waited for its rings; it goes to the
-        host with the step's numbers.
+        rank (its pipeline, context and tensor peers) count the same tokens; the sum is divided by them. Work is the numbers of
+        `StepWork` of each rank's newest step; they go to the host with the step's numbers.
         """
         island, layout, device = self.island, self.island.layout, self.island.device
-        ranks = layout.world_size
-        own_work = [0.0] * (2 * ranks)
-        own_work[island.rank :: ranks] = island.compute_time.newest()
-        counts = [valid_tokens, stop_requested, self._fault is not None, *own_work]
+        work = [0.0] * (WORK_NUMBERS * layout.world_size)
+        work[island.rank * WORK_NUMBERS : (island.rank + 1) * WORK_NUMBERS] = island.compute_time.newest()
+        counts = [valid_tokens, stop_requested, self._fault is not None, *work]
         # From pinned memory: a copy to a GPU from pageable memory waits for all work queued before it.
         counted = torch.tensor(counts, dtype=torch.float64, pin_memory=device.type == "cuda")
         sums = island.sum(counted.to(device, non_blocking=True))
-        self._own_work = sums[3:]
+        self._work = sums[3:]
         return sums[0] / (layout.pp * layout.cp * layout.tp), {"stops": sums[1], "faults": sums[2]}
 
     @property
@@ -345,7 +344,7 @@ class Loop:
             phase = self.mesh.heartbeat.phase
             self.mesh.heartbeat.beat(Phase.HOOKS)  # nobody knows how long a hook, or a replay of the guard, takes
             work = step.numbers.read_vector()
-            self.own_work, self.ring_wait = work[: len(work) // 2], work[len(work) // 2 :]
+            self.work = [StepWork(*work[at : at + WORK_NUMBERS]) for at in range(0, len(work), WORK_NUMBERS)]
             seconds = step.done.seconds_since(step.began)
             self._stop_here |= numbers.pop("stops") > 0
             self.stopping |= self._stop_here and self.engine.islands is None  # islands stop where they agree to

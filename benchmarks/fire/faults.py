@@ -61,11 +61,6 @@ class Layout:
     words: tuple[str, ...]
     machines: int = 1
 
-    @property
-    def apart(self) -> bool:
-        """True if a rank that is slow in its passes is told from those that wait for it: without parallelism within them."""
-        return not any(word.startswith(tuple(f"parallel.{axis}=" for axis in ("tp", "pp", "cp", "ep"))) for word in self.words)
-
 
 LAYOUTS = (
     Layout("ZeRO-0", 2, ("parallel.zero=0",)),
@@ -150,10 +145,7 @@ def draw(seed: int, number: int, odds: Odds | None = None) -> Schedule:
     kinds = chance.choices(list(odds.weights), list(odds.weights.values()), k=count)
     count = 1 if kinds[0] in (*OF_MACHINES, *ENDLESS) else count
     kinds = kinds[:count]
-    # Where ranks wait within a pass in other ways, a slow group is found, and not the rank (docs/resilience.md).
     layouts = SEVERAL_MACHINES if kinds[0] in OF_MACHINES else LAYOUTS
-    if "slow" in kinds:
-        layouts = [each for each in layouts if each.apart]
     if "bad_sample" in kinds:  # under context parallelism no rank sees a whole one
         layouts = [each for each in layouts if not each.name.startswith("CP")]
     layout = chance.choice(layouts)

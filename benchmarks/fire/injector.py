@@ -70,9 +70,6 @@ class Injector(Hook):
 
         def beat(phase: Phase, micro_batch: int = 0) -> None:
             before(phase, micro_batch)
-            if self._slow and phase is Phase.FORWARD and self._slowed != heartbeat.step:
-                self._slow, self._slowed = self._slow - 1, heartbeat.step
-                time.sleep(self._seconds)
             self._at(phase.word, heartbeat.step)
 
         heartbeat.beat = beat  # type: ignore[method-assign]
@@ -81,6 +78,7 @@ class Injector(Hook):
             blocks: dict[int, torch.nn.Module] = stage.block_modules()  # type: ignore[operator]
             self._handles += [stage.register_forward_pre_hook(self._see_tokens)]
             self._handles += [block.register_forward_hook(self._spoil) for block in blocks.values()]
+            self._handles += [block.attention.register_forward_pre_hook(self._slow_down) for block in blocks.values()]  # type: ignore[union-attr,operator]
         self._rows: torch.Tensor | None = None
 
     def close(self) -> None:
@@ -89,6 +87,13 @@ class Injector(Hook):
             handle.remove()
         if self._beat is not None:
             del self._loop.mesh.heartbeat.beat  # type: ignore[misc]
+
+    def _slow_down(self, *_: object) -> None:
+        """Sleep inside of a layer, once a step."""
+        heartbeat = self._loop.mesh.heartbeat
+        if self._slow and heartbeat.phase is Phase.FORWARD and self._slowed != heartbeat.step:
+            self._slow, self._slowed = self._slow - 1, heartbeat.step
+            time.sleep(self._seconds)
 
     def _at(self, phase: str, step: int) -> None:
         """Strike what is due in this part of this step."""

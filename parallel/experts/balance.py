@@ -29,16 +29,22 @@ class MeshSums:
 
     def of_rows(self, counts_BE: torch.Tensor, rows_cut: bool) -> torch.Tensor:
         """Sum over context-parallel ranks, and over tensor-parallel ones where these have slices of the same rows."""
-        whole = self._mesh.sum(counts_BE.clone(), "cp")
-        return self._mesh.sum(whole, "tp") if rows_cut else whole
+        return self._sum(counts_BE, "cp", "tp") if rows_cut else self._sum(counts_BE, "cp")
 
     def of_micro_batch(self, counts_E: torch.Tensor) -> torch.Tensor:
         """Sum over context- and tensor-parallel ranks."""
-        return self._mesh.sum(self._mesh.sum(counts_E.clone(), "cp"), "tp")
+        return self._sum(counts_E, "cp", "tp")
 
     def of_pass(self, counts_E: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks of the pipeline's stage."""
-        return self._mesh.sum(counts_E.clone(), "stage")
+        return self._sum(counts_E, "stage")
+
+    def _sum(self, counts: torch.Tensor, *axes: str) -> torch.Tensor:
+        total = counts.clone()
+        with self._mesh.compute_time.collective_waiting():
+            for axis in axes:
+                self._mesh.sum(total, axis)
+        return total
 
 
 class ExpertBalance:

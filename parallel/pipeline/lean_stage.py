@@ -19,14 +19,15 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
-from ..heartbeat import Heartbeat, Phase
+from ..compute_time import ComputeTime
+from ..heartbeat import Phase
 from ..torch.fsdp_gather import fsdp_parameters
 
 
 class LeanStage(PipelineStage):
     """A drop-in PipelineStage with static shapes; see the module's docstring. Between its passes a rank waits for others."""
 
-    heartbeat: Heartbeat
+    compute_time: ComputeTime
 
     @contextmanager
     def _without_storage(self) -> Generator[None]:
@@ -66,33 +67,30 @@ class LeanStage(PipelineStage):
         return received
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """Tell the heartbeat, around torch's own."""
-        self.heartbeat.beat(Phase.FORWARD, fwd_chunk_id + 1)
-        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        self.heartbeat.beat(Phase.EXCHANGE, fwd_chunk_id + 1)
-        return output
+        """Measure torch's own, and tell the heartbeat."""
+        with self.compute_time.stage_pass(Phase.FORWARD, fwd_chunk_id + 1):
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Leave out the inputs that are no tensors (absent fields of `Documents`): torch 2.11 asks each for its gradient."""
         cache: dict[int, tuple[Any, list[Any]]] = self.fwd_cache
         outputs, inputs = cache[bwd_chunk_id]
         cache[bwd_chunk_id] = (outputs, [value for value in inputs if isinstance(value, torch.Tensor)])
-        self.heartbeat.beat(Phase.BACKWARD, bwd_chunk_id + 1)
-        output = super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
-        self.heartbeat.beat(Phase.EXCHANGE, bwd_chunk_id + 1)
-        return output
+        with self.compute_time.stage_pass(Phase.BACKWARD, bwd_chunk_id + 1):
+            return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
 
-    def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> None:
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         """Run the second half of a zero-bubble backward pass, and accumulate its gradients in fp32.
 
         FSDP2 widens gradients for accumulation in the hooks of a backward pass, which this half does not run.
         """
-        super().backward_weight_one_chunk(*args, **kwargs)
-        for module in self.submod.modules():
-            if isinstance(module, FSDPModule):
-                for parameter in fsdp_parameters(module):
-                    parameter.accumulate_unsharded_grad_if_needed()
-                    parameter.to_accumulated_grad_if_needed()
+        with self.compute_time.stage_pass(Phase.BACKWARD, bwd_chunk_id + 1):
+            super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+            for module in self.submod.modules():
+                if isinstance(module, FSDPModule):
+                    for parameter in fsdp_parameters(module):
+                        parameter.accumulate_unsharded_grad_if_needed()
+                        parameter.to_accumulated_grad_if_needed()
 
 
 def _release(recv_infos: Sequence[Any]) -> None:

@@ -111,7 +111,7 @@ class Pipeline:
                 group=self._group,
                 dw_builder=_no_weight_gradient if last and chosen.splits_backward and not SPLITS_THE_LOSS else None,
             )
-            stage.heartbeat = self._mesh.heartbeat
+            stage.compute_time = self._mesh.compute_time
             stages.append(stage)
         make = cast(Callable[..., Any], get_schedule_class(chosen.torch_name))
         single = chosen.stages_per_rank == 1 and chosen.fixed

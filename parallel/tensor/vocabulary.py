@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch.distributed import _functional_collectives as funcol
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -20,13 +21,11 @@ from ...kernels.loss import IGNORED, LossRule, Merge, sliced_cross_entropy
 
 def merge_over(group: dist.ProcessGroup) -> Merge:
     """Return the `merge` of `sliced_cross_entropy`: from per-slice statistics of C rows to those over the vocabulary."""
-    size = dist.get_world_size(group)
 
     def merge(log_sum_C: torch.Tensor, picked_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mine_2C = torch.stack((log_sum_C, picked_C))
-        all_P2C = [torch.empty_like(mine_2C) for _ in range(size)]
-        dist.all_gather(all_P2C, mine_2C, group)
-        log_sums_PC, picked_PC = torch.stack(all_P2C).unbind(1)
+        mine_12C = torch.stack((log_sum_C, picked_C))[None]
+        all_P2C = funcol.wait_tensor(funcol.all_gather_tensor(mine_12C, 0, group))
+        log_sums_PC, picked_PC = all_P2C.unbind(1)
         return log_sums_PC.logsumexp(0), picked_PC.amax(0)
 
     return merge

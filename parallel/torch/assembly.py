@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -19,9 +19,10 @@ from ...kernels.experts.fused import FusedExperts
 from ...kernels.norm import FusedNorm
 from ...kernels.precompile import Compilation
 from ...kernels.swiglu import FusedSwiglu
+from ...models.config import DecoderConfig
 from ...models.init import fill
 from ...models.protocol import BlockKernels, Model
-from ..activation import apply_policies
+from ..activation import Timer, apply_policies
 from ..config import ParallelConfig
 from ..context.split import ContextParallel
 from ..engine import EngineSettings
@@ -136,7 +137,24 @@ def parallelize_stage(
     if mesh.layout.tp > 1:
         apply_tensor_parallelism(stage, mesh.axes["tp"], parallel.sequence_parallel, elsewhere)
     hidden = [] if offload is None else [functools.partial(offload.begin_block, layer) for layer in blocks]
-    apply_policies(list(blocks.values()), list(policies.values()), compiled=settings.compile, hidden=hidden)
+    timed = _layer_timers(stage.decoder_config, mesh, settings, blocks)
+    apply_policies(list(blocks.values()), list(policies.values()), compiled=settings.compile, hidden=hidden, timed=timed)
+
+
+def _layer_timers(
+    shape: DecoderConfig | None, mesh: Mesh, settings: EngineSettings, layers: Iterable[int]
+) -> list[Timer | None]:
+    """Return what measures the forward passes of these layers, where each rank is alone in its pipeline's stage.
+
+    Work differs from stage to stage, but not that of layers of the same kind. The most frequent kind is measured.
+    """
+    if not 1 < mesh.layout.pp == mesh.layout.world_size:
+        return []
+    if shape is None:
+        return [mesh.compute_time.layer for _ in layers]
+    kinds = [(block, settings.policy(layer)) for layer, block in enumerate(shape.blocks())]
+    usual = max(kinds, key=kinds.count)
+    return [mesh.compute_time.layer if kinds[layer] == usual else None for layer in layers]
 
 
 def fill_weights(weights: Mapping[str, LocalWeight], model: Model, seed: int, on: torch.device) -> None:

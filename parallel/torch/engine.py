@@ -23,6 +23,7 @@ from ...data.batch import MicroBatch
 from ...models.mixture.mixture import experts_of
 from ...models.protocol import Model, decoder_shape
 from ...optim.optimizers.parameters import NamedParameter, initial_counter_values
+from ..collective_waits import measure_collectives
 from ..config import ParallelConfig
 from ..context.split import ContextParallel
 from ..engine import EngineSettings, OptimizerFactory, StepLoss
@@ -77,6 +78,8 @@ class TorchEngine:
             self.weights.shard(stage)
         held = list(stages.values())
         self.module: nn.Module = held[0] if len(held) == 1 else nn.ModuleList(held)
+        if mesh.layout.tp * mesh.layout.cp * mesh.layout.ep > 1:
+            mesh.before_closing.append(measure_collectives(mesh.device, mesh.compute_time.collective_waiting))
         shape = model.decoder_config
         named = own_parameters(stages, shape, plan)
         mixes = shape is not None and shape.mixture_layers()

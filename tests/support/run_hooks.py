@@ -145,3 +145,16 @@ class Slow(Hook):
     def on_run_begin(self, loop: Loop) -> None:
         if loop.mesh.rank == self.rank:
             loop.engine.module.register_forward_pre_hook(lambda *_: time.sleep(self.seconds))
+
+
+class SlowLayer(Hook):
+    """Makes the forward passes of one rank longer, inside the attention of its first layer."""
+
+    def __init__(self, rank: int, seconds: float) -> None:
+        self.rank, self.seconds = rank, seconds
+
+    def on_run_begin(self, loop: Loop) -> None:
+        if loop.mesh.rank == self.rank:
+            stage: Any = loop.engine.module
+            block = next(iter(stage.block_modules().values()))
+            block.attention.register_forward_pre_hook(lambda *_: time.sleep(self.seconds))

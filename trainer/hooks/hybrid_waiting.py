@@ -35,7 +35,8 @@ class MeasureWaiting(Hook):
     def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
         """Add the waiting to the row."""
         self._seen += 1
-        passes = np.add(loop.own_work, loop.ring_wait)
+        own, ring_wait = (np.array([getattr(each, name) for each in loop.work]) for name in ("own", "ring_wait"))
+        passes = own + ring_wait
         if self._seen > COMPILING and (slowest := float(passes.max())) > 0:
-            row["hybrid/measured_wait"] = 1 - float(np.mean(loop.own_work)) / slowest
-            row["hybrid/ring_wait"] = float(np.mean(loop.ring_wait)) / slowest
+            row["hybrid/measured_wait"] = 1 - float(own.mean()) / slowest
+            row["hybrid/ring_wait"] = float(ring_wait.mean()) / slowest

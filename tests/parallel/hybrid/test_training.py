@@ -103,7 +103,7 @@ class RingWaits(Hook):
         self.steps: list[list[float]] = []
 
     def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
-        self.steps.append(loop.ring_wait)
+        self.steps.append([each.ring_wait for each in loop.work])
 
 
 def ring_waits(rank: int, world_size: int, cases: list[Work]) -> list[list[list[float]]]:

@@ -44,8 +44,8 @@ class Collectives(TorchDispatchMode):
         self.sent: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "c10d" in func.namespace:
-            self.sent += [leaf.numel() for leaf in torch.utils._pytree.tree_leaves(args[1]) if torch.is_tensor(leaf)]
+        if "c10d" in func.namespace and "autograd" not in func.name() and "wait" not in func.name():
+            self.sent += [leaf.numel() for leaf in torch.utils._pytree.tree_leaves(args[0]) if torch.is_tensor(leaf)]
         return func(*args, **(kwargs or {}))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from meshloom.parallel.compute_time import StepWork
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.hybrid.cost import CostModel
 from meshloom.parallel.hybrid.share import HybridAssigner
@@ -22,10 +23,11 @@ NAME = "hybrid/measured_wait"
 
 def test_waiting_is_the_time_in_which_others_still_work() -> None:
     hook, rows = MeasureWaiting(), [dict[str, Any]() for _ in range(4)]
-    loop: Any = SimpleNamespace(own_work=[0.25, 0.5, 0.0, 0.75], ring_wait=[0.5, 0.0, 0.0, 0.25])
+    work = [StepWork(own, waited) for own, waited in ((0.25, 0.5), (0.5, 0.0), (0.0, 0.0), (0.75, 0.25))]
+    loop: Any = SimpleNamespace(work=work)
     for row in rows[:3]:
         hook.on_metrics(loop, row)
-    loop.own_work = loop.ring_wait = [0.0] * 4
+    loop.work = [StepWork(0.0, 0.0)] * 4
     hook.on_metrics(loop, rows[3])
     assert rows == [{}, {}, {NAME: (0.75 + 0.5 + 1.0 + 0.25) / 4, "hybrid/ring_wait": 0.75 / 4}, {}]
 
