@@ -19,7 +19,7 @@ from ..parallel.layout import Layout
 from ..planner.checkpoint_needs import CheckpointNeeds, checkpoint_needs, describe_needs
 from ..planner.cluster import ClusterConfig
 from ..planner.cost import LayoutCost, drawn, level_bytes
-from ..planner.hybrid import DealtStep, dealt_step
+from ..planner.hybrid import DealtStep, dealt_step, with_rows_on_host
 from ..planner.memory import Cutter, Job
 from ..planner.network import gradient_levels, matrix_levels
 from ..planner.offload import OffloadAccount, describe
@@ -37,7 +37,7 @@ from ..trainer.costs import (
     with_kernels,
 )
 from ..trainer.derived import build_horizon
-from ..trainer.hybrid import hybrid_dealer
+from ..trainer.hybrid import hidden_copies, hybrid_dealer
 from ..trainer.launching import planned_processes
 from ..trainer.machine_gpus import planned_machine
 from ..trainer.resolve import ResolvedRun, ResolveOptions, resolve
@@ -180,7 +180,11 @@ def plan_of(
         dealer = hybrid_dealer(config, layout, model.shape, decoder_flops(model.shape))
         if documents is None:
             notes.append("each sample is taken for one document; --documents says what they are, or takes the data's own")
-        dealt = dealt_step(documents or [job.seq_len] * samples, dealer, job.seq_len, job.micro)
+        hidden = None if documents is None else hidden_copies(config, layout, model.shape)
+        if parallel.hdp_offload and documents is None:
+            notes.append("parallel.hdp_offload is not in these figures; with --documents it is")
+        lengths = documents or [job.seq_len] * samples
+        dealt = dealt_step(lengths, dealer, job.seq_len, job.micro, hidden, model.shape.layers)
         notes.append(
             f"parallel.hdp: the first step's documents lie in up to {dealt.rows} rows a rank, {dealt.shared} are shared, and by"
             f" the plan ranks wait {dealt.waiting:.1%} of the time; messages of shared ones are not counted"
@@ -190,12 +194,20 @@ def plan_of(
     if dealt is not None:  # not all rows are full
         ranks = [replace(rank, flops=rank.flops * dealt.filled) for rank in cost.ranks]
         cost = replace(cost, ranks=ranks, model_flops=cost.model_flops * dealt.filled)
+        cost = with_rows_on_host(cost, dealt, model.shape, job.forward_pass(parallel))
+    notes += describe(away)
+    if dealt is not None and dealt.on_host:
+        away = replace(away, host=away.host + dealt.pinned_bytes)
+        notes.append(
+            f"parallel.hdp_offload: by the first step's documents, a full row keeps the activations of {dealt.on_host} of"
+            f" {model.shape.layers} blocks on the host, where each process may pin {dealt.pinned_bytes / 2**30:.3g} GiB"
+        )
     if config.optim.local.active:
         notes.append(_exchange_note(config, cost, model))
     shares = [rank.experts / rank.elements for rank in cost.ranks]
     needs = checkpoint_needs(config.checkpoint, layout, held, shares)
-    notes += [*describe(away), *describe_needs(needs)]
     notes += [
+        *describe_needs(needs),
         "weights, gradients and optimizer state are exact; activations and working memory are estimates, and what CUDA,"
         " NCCL and the allocator take is not in them",
         *_caveats(parallel),
@@ -224,6 +236,8 @@ def spared_by_fusing(plan: Plan, config: RunConfig) -> int:
     if job == plan.job:
         return 0
     cost, *_ = costs_of(plan.model, plan.parallel, plan.layout, job, optimizer_of(config))
+    if plan.dealt is not None:
+        cost = with_rows_on_host(cost, plan.dealt, plan.model.shape, job.forward_pass(plan.parallel))
     return plan.bytes - replace(plan, cost=cost).bytes
 
 

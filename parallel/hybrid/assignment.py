@@ -84,6 +84,12 @@ class HybridAssignment:
         """Return the wave of a row; None for one that no other rank waits for."""
         return self.shared[row.shared[0]].wave if row.shared else None
 
+    def rings(self, row: Row, lengths: Sequence[int], padding: Sequence[int]) -> list[int]:
+        """Describe a row's documents, and those of padding behind them, as `context.ring_plan.plan_rings` reads them."""
+        shared = [self.shared[number] for number in row.shared]
+        rings = [number for each in shared for number in (lengths[each.document], each.first, each.ranks)]
+        return [len(self.rows), len(shared), *rings, *(lengths[document] for document in row.whole), *padding]
+
     def row_cost(self, row: Row, cost: Sequence[float], costs: CostModel) -> float:
         """Return the time of a row by itself. cost: of each document, on one rank."""
         parts = sum(cost[self.shared[number].document] / self.shared[number].ranks for number in row.shared)

@@ -46,11 +46,16 @@ class HiddenCopies:
         return min(1.0, FORWARD * seconds * self.rate / kept, self.host_bytes / kept) if tokens else 0.0
 
     def layers(self, rings: Sequence[int], layers: int) -> frozenset[int]:
-        """Return which of so many blocks keep their activations on the host, spread evenly over all but the last two.
+        """Return which of so many blocks keep their activations on the host."""
+        return spread_blocks(int(self.share(rings) * layers), layers)
 
-        The copies of one may then take as long as it is to the next. Of the last two blocks copies would make no room: they
-        would come back when the device is fullest.
-        """
-        eligible = max(0, layers - 2)
-        count = min(int(self.share(rings) * layers), eligible)
-        return frozenset(number * eligible // count for number in range(count))
+
+def spread_blocks(count: int, layers: int) -> frozenset[int]:
+    """Choose so many blocks, spread evenly over all but the last two, or all of those.
+
+    The copies of one may then take as long as it is to the next. Of the last two blocks copies would make no room: they
+    would come back when the device is fullest.
+    """
+    eligible = max(0, layers - 2)
+    count = min(count, eligible)
+    return frozenset(number * eligible // count for number in range(count))

@@ -211,15 +211,14 @@ class _RowReader:
                 own.append(piece.length)
             ids[here] = len(own) - 1
             at += piece.length
-        whole = [self._documents.lengths[document] for document in row.whole]
-        for start in range(filled, length, PADDING):
-            here = slice(start, min(start + PADDING, length))
-            padding = here.stop - here.start
+        for padding in padding_lengths(filled, length):
+            here = slice(at, at + padding)
             positions[here], ids[here] = np.arange(padding), len(own)
             own.append(padding)
-            whole.append(padding)
+            at += padding
         bounds = torch.tensor(np.cumsum([0, *own]), dtype=torch.int32)
-        documents = Documents(torch.from_numpy(ids)[None], bounds, bounds, host_rings=torch.tensor(self._rings(row, whole)))
+        rings = self._plan.rings(row, self._documents.lengths, padding_lengths(filled, length))
+        documents = Documents(torch.from_numpy(ids)[None], bounds, bounds, host_rings=torch.tensor(rings))
         return MicroBatch(
             torch.from_numpy(tokens)[None], torch.from_numpy(targets)[None], documents, torch.from_numpy(positions)[None]
         )
@@ -233,8 +232,7 @@ class _RowReader:
         for document in row.whole:
             yield _Piece(document, 0, self._documents.lengths[document])
 
-    def _rings(self, row: Row, whole: Sequence[int]) -> list[int]:
-        """Describe a row and the lengths of its whole documents for its rings, as `context.ring_plan.plan_rings` reads it."""
-        shared = [self._plan.shared[number] for number in row.shared]
-        rings = [(self._documents.lengths[each.document], each.first, each.ranks) for each in shared]
-        return [len(self._plan.rows), len(shared), *(number for ring in rings for number in ring), *whole]
+
+def padding_lengths(filled: int, length: int) -> list[int]:
+    """List the short documents of padding that fill a row of so many tokens up to a length."""
+    return [min(PADDING, length - start) for start in range(filled, length, PADDING)]

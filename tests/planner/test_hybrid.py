@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from meshloom.launch.plan_documents import mean_length
 from meshloom.launch.planning import make_plan, plan_of, resolve_plan
 from meshloom.launch.tune_search import row_sizes, tune
 from meshloom.parallel.hybrid.cost import CostModel
+from meshloom.parallel.hybrid.hidden_copies import HiddenCopies
 from meshloom.parallel.hybrid.share import HybridAssigner
 from meshloom.parallel.layout import Layout
 from meshloom.planner.cluster import load_cluster
@@ -60,10 +62,24 @@ def test_a_plan_holds_a_row_and_takes_the_time_of_its_tokens() -> None:
     assert rows[0] < rows[1]
 
 
-def corpus(folder: Path) -> list[str]:
-    """Words for a corpus of documents of some lengths, of which few are long."""
+def test_rows_on_the_host_make_room_for_longer_ones() -> None:
+    """By hand: documents of 400, 20 FLOPs of attention a token and layer; 4 of 10 blocks are copied in time, of 20 tokens none.
+
+    0.28 × 400 × (400 q + l) × rate / (400 × 10) = 0.4, and the short row has fewer positions.
+    """
+    rule = HiddenCopies(CostModel(0.05, 0.0), token_bytes=10.0, rate=0.72)
+    dealer = HybridAssigner(2, CostModel(0.05, 0.0), capacity=400)
+    whole = dealt_step([400, 400], dealer, 400, 1, rule, 10)
+    assert (whole.rows, whole.shared) == (1, 0) and rule.share((2, 0, 400)) == pytest.approx(0.4032)
+    assert (whole.on_host, whole.host_bytes) == (4, pytest.approx(400 * 10 * 0.4))
+    mixed = dealt_step([400, *[20] * 20], dealer, 400, 1, rule, 10)
+    assert rule.layers((2, 0, *[20] * 20), 10) == frozenset() and mixed.on_host == 0, "a row of short ones leaves all there"
+    assert dealt_step([400, 400], dealer, 400, 1).on_host == 0
+
+
+def corpus(folder: Path, lengths: Sequence[int] = (*[30] * 200, *[300] * 20, 1000)) -> list[str]:
+    """Words for a corpus of documents of these lengths, by default some, of which few are long."""
     file = folder / "corpus.jsonl"
-    lengths = [*[30] * 200, *[300] * 20, 1000]
     file.write_text("\n".join(json.dumps({"text": "x" * length}) for length in lengths))
     words = [word for word in WORDS if not word.startswith("data=")]
     return [*words, "data=jsonl", f"data.input={file}", "data.tokenizer=bytes", f"data.cache_dir={folder / 'cache'}"]
@@ -87,6 +103,37 @@ def test_tune_finds_the_capacity_of_rows(tmp_path: Path) -> None:
     assert any(word.startswith("parallel.hdp_tokens=") for word in found.changes(best)) or best.settings == found.given
     by_size = {one.settings["parallel.hdp_tokens"]: one.bytes for one in found.fitting}
     assert by_size[256] < by_size[1024]
+
+
+def test_capacity_counts_what_rows_keep_on_the_host(tmp_path: Path) -> None:
+    """Activations are alike in 8 blocks, so that n of them on the host leave (8 − n) / 8; in longer rows copies hide less."""
+    words = [*corpus(tmp_path, [1000] * 40), "trainer.activation=none", "model.layers=8", "parallel.hdp_costs=h100"]
+    plain, hidden = (
+        {one.settings["parallel.hdp_tokens"]: one for one in tune([*words, f"parallel.hdp_offload={on}"], 8 * 2**30).fitting}
+        for on in ("false", "true")
+    )
+    assert plain.keys() == hidden.keys()
+    away: list[int] = []
+    for size in sorted(size for size in hidden if size is not None):
+        one = hidden[size]
+        dealt, before = one.plan.dealt, plain[size]
+        assert dealt is not None and before.plan.dealt is not None and before.plan.dealt.on_host == 0
+        away.append(dealt.on_host)
+        activations = before.plan.cost.ranks[0].activations
+        assert before.bytes - one.bytes == activations * dealt.on_host // 8
+        assert one.host - before.host == round(4 * dealt.host_bytes)
+        assert dealt.host_bytes == pytest.approx(activations * dealt.on_host / 8, rel=0.04)
+    assert away[0] > 0 and away == sorted(away, reverse=True)
+
+
+def test_what_rows_keep_on_the_host_is_counted_for_known_documents() -> None:
+    words = [*WORDS, "parallel.hdp_tokens=512", "parallel.hdp_costs=h100", "trainer.activation=none", "model.layers=8"]
+    unknown = make_plan([*words, "parallel.hdp_offload=true"])
+    assert any("with --documents it is" in note for note in unknown.notes)
+    assert unknown.bytes == make_plan(words).bytes and unknown.away.host == 0
+    known = plan_of(resolve_plan([*words, "parallel.hdp_offload=true"]).config, (), documents=[1024] * 16)
+    assert known.dealt is not None and known.dealt.on_host
+    assert known.bytes < unknown.bytes and any("of 8 blocks on the host" in note for note in known.notes)
 
 
 def test_capacities_hold_the_longest_document_on_all_ranks() -> None:
