@@ -43,7 +43,7 @@ setup(
         "safetensors>=0.4",
         "rich>=13.8",
         "tokenizers>=0.20",
-        "xxhash>=3.4",
+        "xxhash>=3.4.1",
         "psutil>=5.9",
         "fsspec>=2024.2",
         "filelock>=3.12",
@@ -64,7 +64,7 @@ setup(
         "watch": ["py-spy>=0.4"],
         "dev": [
             "pytest>=8",
-            "pytest-timeout>=2.3",
+            "pytest-timeout>=2.3.1",
             "pytest-xdist>=3.8",
             "hypothesis>=6.100",
             "ruff>=0.6",
