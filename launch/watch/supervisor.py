@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from .watch_folder import WatchFolder
 
 OWN_REASON_SECONDS = 2.0
 """Time for the rank that failed first to be seen, where all that ended so far only lost a peer."""
+ENDED_BY_TORCHRUN = (signal.SIGTERM, signal.SIGKILL)
+"""Signals with which torchrun ends the other ranks of one that has failed."""
 
 
 class Supervisor:
@@ -78,17 +81,24 @@ class Supervisor:
         before = agent_class._monitor_workers
 
         def monitor(agent: Any, group: Any) -> Any:
-            codes = exit_codes(agent._pcontext)
-            failed = {group.workers[local].global_rank: code for local, code in codes.items() if code}
-            if failed and (self.judgement is None or self.judgement.again):  # else the count below is no more
-                attempt = self._max_restarts - int(agent._remaining_restarts)
-                self.tell(failed, lambda: self._codes(agent, group), attempt)
-                if self.judgement is not None and not self.judgement.again:
-                    agent._remaining_restarts = 0
-            return before(agent, group)
+            self._look(agent, self._codes(agent, group), lambda: self._codes(agent, group))
+            result = before(agent, group)
+            # A rank may have failed between the two looks. Torchrun has ended the others since, by these two signals.
+            failures: dict[int, Any] = getattr(result, "failures", {})
+            if failures:
+                codes = {rank: code for rank, code in self._codes(agent, group).items() if -code not in ENDED_BY_TORCHRUN}
+                self._look(agent, codes | {rank: failure.exitcode for rank, failure in failures.items()})
+            return result
 
         agent_class._monitor_workers = monitor
         return lambda: setattr(agent_class, "_monitor_workers", before)
+
+    def _look(self, agent: Any, failed: dict[int, int], again: Callable[[], dict[int, int]] = dict) -> None:
+        """Tell of the ranks that have failed, if any, and have the agent give up where they are not started again."""
+        if failed and (self.judgement is None or self.judgement.again):  # else the count below is no more
+            self.tell(failed, again, self._max_restarts - int(agent._remaining_restarts))
+            if self.judgement is not None and not self.judgement.again:
+                agent._remaining_restarts = 0
 
     @staticmethod
     def _codes(agent: Any, group: Any) -> dict[int, int]:

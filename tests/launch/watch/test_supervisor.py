@@ -6,14 +6,15 @@ import inspect
 import os
 import signal
 from collections.abc import Generator
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
+from torch.distributed.elastic.agent.server.api import RunResult, SimpleElasticAgent
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing.api import MultiprocessContext, SubprocessContext
+from torch.distributed.elastic.multiprocessing.api import MultiprocessContext, ProcessFailure, SubprocessContext
 
 from meshloom.launch.exit_codes import BAD_CONFIG, DIVERGED
 from meshloom.launch.watch.supervisor import Supervisor, exit_codes
@@ -132,6 +133,30 @@ def test_the_agent_gives_up_where_the_judgement_says_so(supervisor: Supervisor, 
     assert seen == [1, 1]
 
 
+@pytest.mark.parametrize(("code", "again"), [(7, True), (DIVERGED, False)])
+def test_a_failure_that_torchrun_sees_first_is_told(supervisor: Supervisor, tmp_path: Path, code: int, again: bool) -> None:
+    """Rank 1 fails after the supervisor's look and before torchrun's, which ends rank 0 at once."""
+    attempt(0, tmp_path, {})
+    Heartbeat(AttemptFolder.of(Path(os.environ[WATCH_FOLDER]), 0).beat(0)).begin_step(3)  # not the attempt's first step
+    codes: list[int | None] = [None, None]
+
+    def monitor(agent: object, group: object) -> object:
+        codes[:] = [-signal.SIGTERM, code]
+        return SimpleNamespace(failures={1: SimpleNamespace(exitcode=code)})
+
+    agent_class: Any = type("Agent", (), {"_monitor_workers": monitor})
+    supervisor.watch(agent_class)
+    agent = agent_class()
+    agent._remaining_restarts = 3
+    handlers = {rank: SimpleNamespace(proc=SimpleNamespace(poll=lambda rank=rank: codes[rank])) for rank in range(2)}
+    agent._pcontext = SimpleNamespace(subprocess_handlers=handlers)
+    assert agent._monitor_workers(SimpleNamespace(workers=[SimpleNamespace(global_rank=rank) for rank in range(2)])).failures
+    (incident,) = read_incidents(tmp_path)
+    assert (incident["kind"], incident["rank"]) == (("error", 1) if again else ("end", None))
+    assert incident["details"]["code"] == code
+    assert agent._remaining_restarts == (3 if again else 0)
+
+
 def test_a_config_error_before_any_rank_is_watched_is_not_tried_again(supervisor: Supervisor) -> None:
     supervisor.tell({1: BAD_CONFIG}, number=0)
     assert supervisor.judgement is not None and not supervisor.judgement.again and supervisor.judgement.code == BAD_CONFIG
@@ -167,6 +192,8 @@ def test_what_is_private_in_torchrun_is_there() -> None:
     for name in ("_remaining_restarts", "_monitor_workers"):
         assert name in inspect.getsource(SimpleElasticAgent._invoke_run)
     assert "_pcontext" in inspect.getsource(LocalElasticAgent)
+    assert "failures" in {each.name for each in fields(RunResult)}
+    assert "exitcode" in {each.name for each in fields(ProcessFailure)}
     assert "subprocess_handlers" in inspect.getsource(SubprocessContext)
     assert "_pc.processes" in inspect.getsource(MultiprocessContext)
     assert exit_codes(None) == {} and exit_codes(SimpleNamespace(_pc=None)) == {}
