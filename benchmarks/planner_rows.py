@@ -5,9 +5,9 @@
     python benchmarks/planner_score.py rows=rows.json                    scores them: half of them fit, the others are scored
 
 Works are models of 0.3–8B by their width, with fewer layers where the GPU needs it, at 2,048 to 32,768 positions. They stand in
-the order of what they tell, and none is begun after `seconds`, so that a cut loses the last ones. Three processes compile works
-beside each other, each with one layer; a lock gives the GPU to one of them while it builds and times the whole work. What the
-others run meanwhile are single steps of one layer.
+the order of what they tell, and none is begun after `seconds`, so that a cut loses the last ones. First three processes compile
+works beside each other, each with one layer, for at most half of the time: what they compile is kept on disk. When they have
+ended, one process takes it from there, builds each work and times it, and nothing else runs on the GPU or its host.
 """
 
 # pyright: reportMissingImports=false, reportUnknownLambdaType=false, reportUnknownParameterType=false
@@ -27,7 +27,6 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -96,14 +95,14 @@ WORKS = [
     Work("8B", 6, 8192, 2),
     Work("1B", 16, 8192, 4),
     Work("3B", 12, 8192, 2, policy="selective"),
-    Work("A", 16, 8192, 2, compile=False),
+    Work("A", 16, 8192, 2),
     Work("0.3B", 16, 2048, 16),
     Work("8B", 6, 8192, 2, policy="full"),
     Work("1B", 16, 32768, 1),
     Work("8B", 6, 8192, 2, float8="tensorwise"),
     Work("3B", 12, 4096, 2, many=2),
     Work("8B", 6, 2048, 4),
-    Work("A", 16, 4096, 2, compile=False, policy="selective"),
+    Work("A", 16, 4096, 2, policy="selective"),
     Work("1B", 16, 8192, 1),
     Work("8B", 6, 32768, 1, policy="selective"),
     Work("3B", 12, 2048, 8),
@@ -113,7 +112,7 @@ WORKS = [
     Work("8B", 6, 8192, 1, many=4),
     Work("3B", 12, 8192, 2, float8="tensorwise"),
     Work("1B", 16, 2048, 8, policy="full"),
-    Work("A", 16, 8192, 1, many=2, compile=False, policy="full"),
+    Work("A", 16, 8192, 1, many=2, policy="full"),
     Work("0.3B", 16, 32768, 1),
     Work("8B", 6, 4096, 1),
     Work("0.3B", 16, 2048, 2),
@@ -150,40 +149,35 @@ class Bench:
         self._parallel = ParallelConfig(zero=1)
         self._mesh = Mesh.connect(Layout.plan(self._parallel, 1), self._device)
 
-    def compile(self, work: Work, gpu: Any) -> None:
-        """Compile a work's block by one step of one layer. Kernels of an earlier work are forgotten.
-
-        gpu: the lock, which is held while the attention kernel is chosen by timing
-        """
+    def compile(self, work: Work) -> None:
+        """Compile a work's block by one step of one layer. Kernels of an earlier work are forgotten."""
         import torch
 
-        torch._dynamo.reset()
-        self._steps(replace(work, layers=1, many=1), replace(shape_of(work), layers=1, vocabulary=SMALL_VOCABULARY), 1, gpu)
+        torch.compiler.reset()
+        self._steps(replace(work, layers=1, many=1), replace(shape_of(work), layers=1, vocabulary=SMALL_VOCABULARY), 1)
 
     def measure(self, work: Work) -> dict[str, Any]:
-        """Time a work, while the lock is held. Return its row."""
+        """Time a work whose block is compiled. Return its row."""
         import torch
 
         if not self._settings.cpu:
             torch.cuda.reset_peak_memory_stats()
-        seconds, fused = self._steps(work, shape_of(work), self._settings.warmup + self._settings.steps, nullcontext())
+        seconds, kernels = self._steps(work, shape_of(work), self._settings.warmup + self._settings.steps)
         timed = seconds[self._settings.warmup :]
         row = {**dataclasses.asdict(work), "seconds": statistics.median(timed), "least": min(timed), "most": max(timed)}
         row["tokens_per_s_gpu"] = work.micro * work.many * work.seq / row["seconds"]
-        row["fused"] = fused
+        row |= kernels
         if not self._settings.cpu:
             row["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
             row["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         return row
 
-    def _steps(self, work: Work, shape: DecoderConfig, count: int, building: Any) -> tuple[list[float], bool]:
-        """Run steps of a work. Return their seconds, and whether SwiGLU was computed inside its products.
-
-        building: held while the engine is built
-        """
+    def _steps(self, work: Work, shape: DecoderConfig, count: int) -> tuple[list[float], dict[str, bool]]:
+        """Run steps of a work. Return their seconds, and which kernels computed it: fields of `planner.memory.Job`."""
         import torch
 
         from meshloom.kernels import swiglu
+        from meshloom.kernels.experts import fused as experts
         from meshloom.models.decoder import Decoder
         from meshloom.models.mixture.balance_config import BalanceConfig
         from meshloom.optim.optimizers.adamw import AdamW
@@ -192,7 +186,7 @@ class Bench:
         from meshloom.parallel.division import divide_blocks
         from meshloom.parallel.engine import EngineSettings
         from meshloom.parallel.engines import make_engine
-        from meshloom.parallel.policies import ActivationSettings, fused_swiglu_blocker
+        from meshloom.parallel.policies import ActivationSettings, fused_experts_blocker, fused_swiglu_blocker
         from meshloom.trainer.device_timestamp import DeviceTimestamp
 
         def optimizer(parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
@@ -206,10 +200,13 @@ class Bench:
             policies=policies, stages=stages, seed=1, precision=self._precision, compile=work.compile, float8=work.float8,
             seq_len=work.seq, balance=BalanceConfig(),
         )  # fmt: skip
-        blocker = fused_swiglu_blocker(shape, self._parallel, how)
-        with building:
-            fused = blocker is None and swiglu.unsupported_reason(self._device) is None
-            engine = make_engine(model, self._mesh, optimizer, self._parallel, how)
+        kernels = {
+            "fused": fused_swiglu_blocker(shape, self._parallel, how) is None
+            and swiglu.unsupported_reason(self._device) is None,
+            "fused_experts": fused_experts_blocker(shape, self._parallel, how) is None
+            and experts.unsupported_reason(self._device) is None,
+        }
+        engine = make_engine(model, self._mesh, optimizer, self._parallel, how)
         share, tokens = self._share(work, shape.known_vocabulary)
         stamps = [DeviceTimestamp(self._device)]
         for _ in range(count):
@@ -224,7 +221,7 @@ class Bench:
         gc.collect()
         if not self._settings.cpu:
             torch.cuda.empty_cache()
-        return seconds, fused
+        return seconds, kernels
 
     def _share(self, work: Work, vocabulary: int) -> tuple[Any, Any]:
         import torch
@@ -241,18 +238,29 @@ class Bench:
         return Share(batches, passes=len(batches), workers=len(batches)), count
 
 
-def worker(settings: Settings, works: Queue[Any], rows: Queue[Any], gpu: Any, ready: Any, end: float) -> None:
-    """Measure works until there are none, or the time is over. A work that fails says so in its row."""
+def compile_works(settings: Settings, works: Queue[Any], ready: Any, end: float) -> None:
+    """Compile works until there are none, or the time is over. One that fails does so again where it is measured."""
     importlib.import_module("torch")  # before the calibration ends
 
     ready.wait()
     bench = Bench(settings)
     while (work := works.get()) is not None and time.time() < end:
         try:
-            bench.compile(work, gpu)
-            with gpu:
-                if time.time() < end:
-                    rows.put(bench.measure(work))
+            bench.compile(work)
+        except Exception:
+            traceback.print_exc()
+            gc.collect()
+
+
+def measure_works(settings: Settings, works: Sequence[Work], rows: Queue[Any], end: float) -> None:
+    """Measure works until the time is over. A work that fails says so in its row."""
+    bench = Bench(settings)
+    for work in works:
+        if time.time() > end:
+            break
+        try:
+            bench.compile(work)
+            rows.put(bench.measure(work))
         except Exception as error:
             traceback.print_exc()
             rows.put({**dataclasses.asdict(work), "failed": f"{type(error).__name__}: {error}"[:500]})
@@ -284,30 +292,36 @@ def main(argv: Sequence[str]) -> None:
     began = time.time()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     context = multiprocessing.get_context("spawn")
-    works, rows, gpu, ready = context.Queue(), context.Queue(), context.Lock(), context.Event()
-    listed = TINY if settings.cpu else WORKS
+    works, rows, ready = context.Queue(), context.Queue(), context.Event()
+    listed = (TINY if settings.cpu else WORKS)[: settings.only or None]
     workers = 1 if settings.cpu else WORKERS
-    for work in [*listed[: settings.only or None], *[None] * workers]:
+    for work in [*listed, *[None] * workers]:
         works.put(work)
     end = began + settings.seconds
-    processes = [context.Process(target=worker, args=(settings, works, rows, gpu, ready, end)) for _ in range(workers)]
-    for process in processes:
+    compilers = [
+        context.Process(target=compile_works, args=(settings, works, ready, began + settings.seconds / 2))
+        for _ in range(workers)
+    ]
+    for process in compilers:
         process.start()
     profile, seconds = calibrate(settings)
     print(f"calibrated in {seconds:.0f} s", flush=True)
     ready.set()
+    for process in compilers:
+        process.join()
+    print(f"{time.time() - began:5.0f} s  compiled", flush=True)
+    process = context.Process(target=measure_works, args=(settings, listed, rows, end))
+    process.start()
     found: list[dict[str, Any]] = []
-    left = workers
-    while left and time.time() < end + GRACE:
+    while time.time() < end + GRACE:
         try:
             row = rows.get(timeout=5)
         except queue.Empty:
-            if not any(process.is_alive() for process in processes):
+            if not process.is_alive():
                 break
             continue
         if row is None:
-            left -= 1
-            continue
+            break
         found.append(row)
         print(f"{time.time() - began:5.0f} s  {json.dumps(row)}", flush=True)
         order = {dataclasses.astuple(work): at for at, work in enumerate(listed)}
@@ -315,9 +329,8 @@ def main(argv: Sequence[str]) -> None:
         found.sort(key=lambda each: order[tuple(each[name] for name in names)])
         told = {"cluster": dataclasses.asdict(profile), "calibration_seconds": seconds, "rows": found}
         Path(settings.out).write_text(json.dumps(told, indent=1))
-    for process in processes:
-        process.join(10)
-        process.kill()
+    process.join(10)
+    process.kill()
     print(f"{len(found)} of {len(listed)} works in {time.time() - began:.0f} s: {settings.out}")
 
 

@@ -200,8 +200,15 @@ def measured() -> list[Row]:
     return found
 
 
+UNSTEADY = 1.05
+"""Median step of a work over its fastest, above which something disturbed it: then it is scored apart."""
+
+
 def score_own(path: Path) -> None:
-    """Score rows of `planner_rows.py`: every second one fits the speed, the others are scored; memory of all of them."""
+    """Score rows of `planner_rows.py`: every second one fits the speed, the others are scored; memory of all of them.
+
+    Rows whose steps are unsteady keep their place in that order, and are counted only where all rows are.
+    """
     import planner_rows
 
     told = json.loads(path.read_text())
@@ -217,36 +224,41 @@ def score_own(path: Path) -> None:
         rows: list[Row] = []
         for values in measured:
             work = planner_rows.Work(**{name: values[name] for name in names})
-            step = own_step(work, planner_rows.shape_of(work), bool(values["fused"]), base)
+            kernels = bool(values["fused"]), values.get("fused_experts")
+            step = own_step(work, planner_rows.shape_of(work), *kernels, base)
             name = " ".join(str(values[key]) for key in names)
             rows.append(Row((name,), step, values["tokens_per_s_gpu"], name, work.micro * work.many * work.seq))
-        used, scored = rows[::2], rows[1::2]
-        speed = fitted(used)
-        found: list[tuple[str, float]] = [(f"{label}, one speed fitted to every second row", speed)]
-        if base is calibrated:
-            found.append((f"{label}, nothing fitted", base.rates.speed))
-        for how, used_speed in found:
-            off = [row.rate(used_speed) / row.published - 1 for row in scored]
-            print(f"{how} ({used_speed:.3f}): {len(scored)} rows, median p90 worst {spread(off)}")
-        constant = math.exp(sum(math.log(row.published * row.flops_per_token()) for row in used) / len(used))
-        off = [constant / row.flops_per_token() / row.published - 1 for row in scored]
-        print(f"constant MFU from the same rows: {spread(off)}")
+        steady = [values["seconds"] <= UNSTEADY * values["least"] for values in measured]
+        speed = base.rates.speed
+        for which, counted in (("all rows", [True] * len(rows)), ("steady rows", steady)):
+            used, scored = ([row for at, row in enumerate(rows) if counted[at] and at % 2 == half] for half in (0, 1))
+            speed = fitted(used)
+            for how, each in (("one speed fitted to every second row", speed), ("nothing fitted", base.rates.speed)):
+                off = [row.rate(each) / row.published - 1 for row in scored]
+                print(f"{label}, {which}, {how} ({each:.3f}): {len(scored)} rows, median p90 worst {spread(off)}")
+            constant = math.exp(sum(math.log(row.published * row.flops_per_token()) for row in used) / len(used))
+            off = [constant / row.flops_per_token() / row.published - 1 for row in scored]
+            print(f"  constant MFU from the same rows: {spread(off)}")
         for at, row in enumerate(rows):
-            mark = "fit  " if at % 2 == 0 else "score"
+            mark = ("fit  " if at % 2 == 0 else "score") if steady[at] else "apart"
             values = measured[at]
-            line = f"  {mark} {row.name:<52} {row.published:9.0f} {row.rate(speed) / row.published - 1:+7.1%}"
+            errors_of = (row.rate(each) / row.published - 1 for each in (speed, base.rates.speed))
+            line = f"  {mark} {row.name:<52} {row.published:9.0f} " + " ".join(f"{error:+7.1%}" for error in errors_of)
             if "allocated_gib" in values:
                 planned = row.step(1.0).cost.ranks[0].total / 2**30
                 line += f"   {values['allocated_gib']:6.1f} GiB {planned / values['allocated_gib'] - 1:+7.1%}"
             print(line)
 
 
-def own_step(work: planner_rows.Work, model: DecoderConfig, fused: bool, base: ClusterConfig) -> Callable[[float], Step]:
-    """Return speed → the step of a measured work, on one GPU."""
+def own_step(
+    work: planner_rows.Work, model: DecoderConfig, fused: bool, fused_experts: bool | None, base: ClusterConfig
+) -> Callable[[float], Step]:
+    """Return speed → the step of a measured work, on one GPU. fused, fused_experts: see `Job`."""
     parallel, layout = ParallelConfig(zero=1), Layout()
     job = Job(
-        work.seq, work.micro, work.many, "bf16", [work.policy] * work.layers, work.compile, fused=fused, float8=work.float8
-    )
+        work.seq, work.micro, work.many, "bf16", [work.policy] * work.layers, work.compile,
+        fused=fused, fused_experts=fused_experts, float8=work.float8,
+    )  # fmt: skip
     optimizer = optimizer_bytes(AdamWConfig())
     assert optimizer is not None
     cost = layout_cost(decoder_inventory(model), parallel, layout, job, optimizer)

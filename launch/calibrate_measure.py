@@ -20,10 +20,11 @@ from ..kernels.attention_timing import KERNELS, Shape, fastest, seconds, unsuppo
 from ..kernels.documents import Documents
 from ..models.block import Block, BlockKernels
 from ..models.config import DecoderConfig
+from ..models.part_config import BlockConfig
 from ..models.rotary import rotary_table
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import Layout
-from ..planner.block_time import BlockWork, block_time
+from ..planner.block_time import BlockWork, block_time, host_seconds
 from ..planner.calibration import Attention, Collective, Measured, Product
 from ..planner.cluster import ClusterConfig
 from ..planner.kernel_time import Kernels
@@ -32,8 +33,11 @@ from ..planner.software import COMPILED, EAGER
 
 REPEATS = 5
 LENGTH = 8192
-"""Positions at which attention kernels are compared."""
-WARM_UP = 2
+"""Positions at which attention kernels are compared, and of a block's sequences at most."""
+GROUPED = 4
+"""Query heads that share keys and values, as in most models."""
+FEW = 16
+"""Tokens of a block whose passes take the GPU less time than the host."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Sizes:
 
     products  (rows, out, inner); attention: (head width, positions, documents of a row); tokens: of blocks; dim: of theirs
     copies    bytes; collectives: bytes in all
+    warm_up   seconds for which a call is repeated before it is timed, so that the clock falls to what the power limit allows
+    burst     seconds of calls that are timed together, so that the host launches ahead of the GPU
     """
 
     products: Sequence[tuple[int, int, int]]
@@ -52,6 +58,8 @@ class Sizes:
     dim: int
     copies: Sequence[int]
     collectives: Sequence[int]
+    warm_up: float
+    burst: float
 
 
 LARGE = Sizes(
@@ -63,12 +71,14 @@ LARGE = Sizes(
     attention=[
         (width, length, parts) for width in (64, 128) for length, parts in ((2048, 1), (8192, 1), (32768, 1), (8192, 8))
     ],
-    attention_tokens=32768,
-    heads=16,
+    attention_tokens=65536,
+    heads=32,
     tokens=(2048, 8192, 32768),
     dim=4096,
     copies=(2**28, 2**30),
     collectives=(2**22, 2**26, 2**30),
+    warm_up=0.25,
+    burst=0.02,
 )
 """Sizes for a GPU: about a minute."""
 
@@ -81,6 +91,8 @@ SMALL = Sizes(
     dim=64,
     copies=(2**22,),
     collectives=(2**14, 2**18, 2**21),
+    warm_up=0.0,
+    burst=0.0,
 )
 """Sizes for a processor, on which the command can be tried: seconds."""
 
@@ -109,27 +121,41 @@ class Bench:
             yield f"copy of {size / 2**20:g} MiB", functools.partial(self._copy, size)
         if self.device.type == "cuda":
             yield "copies to the host and back", self._host
+        for compiled in (True, False) if self.device.type == "cuda" else (False,):
+            yield f"host, blocks {'compiled' if compiled else 'eager'}", functools.partial(self._launch, compiled)
         for tokens in self.sizes.tokens:
             yield f"block, {tokens} tokens", functools.partial(self._block, tokens)
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """Return the median time of a call, after some to warm up."""
-        for _ in range(WARM_UP):
+        """Return the median time of a call among calls that follow each other without a wait, after some to warm up.
+
+        All ranks call as often: a call may be a collective.
+        """
+        run()
+        once = self._together(run, 1)
+        warm, many = self._agreed(math.ceil(self.sizes.warm_up / once), math.ceil(self.sizes.burst / once))
+        self._together(run, warm)
+        return median(self._together(run, many) for _ in range(REPEATS))
+
+    def _together(self, run: Callable[[], object], count: int) -> float:
+        """Return the seconds of one of so many calls, all of which the device has finished."""
+        self._wait()
+        began = time.perf_counter()
+        for _ in range(count):
             run()
-        times: list[float] = []
-        for _ in range(REPEATS):
-            if self.device.type == "cuda":
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                run()
-                end.record()
-                end.synchronize()
-                times.append(start.elapsed_time(end) / 1e3)
-            else:
-                began = time.perf_counter()
-                run()
-                times.append(time.perf_counter() - began)
-        return median(times)
+        self._wait()
+        return (time.perf_counter() - began) / count
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _agreed(self, *counts: int) -> list[int]:
+        """Return the first rank's counts on all ranks, each at least 1."""
+        agreed = torch.tensor([max(1, count) for count in counts], device=self.device)
+        if dist.is_initialized():
+            dist.broadcast(agreed, 0)
+        return agreed.tolist()
 
     def _random(self, *shape: int, grad: bool = False) -> torch.Tensor:
         return torch.randn(shape, device=self.device, dtype=self.dtype).requires_grad_(grad)
@@ -140,14 +166,15 @@ class Bench:
 
     def _attention(self, width: int, length: int, documents: int) -> None:
         rows, heads = max(1, self.sizes.attention_tokens // length), self.sizes.heads
-        q, k, v = (self._random(rows, length, heads, width, grad=True) for _ in range(3))
+        q, k, v = (self._random(rows, length, many, width, grad=True) for many in (heads, heads // GROUPED, heads // GROUPED))
+        gradient = self._random(rows, length, heads, width)
         attend, packed, part = CausalAttention(self._kernel(heads, width)), None, length // documents
         if documents > 1:
             packed = Documents.of((torch.arange(length) // part).expand(rows, length).contiguous()).to(self.device)
         forward = self.seconds(lambda: attend(q, k, v, packed))
 
         def both_ways() -> None:
-            attend(q, k, v, packed).sum().backward()
+            torch.autograd.grad(attend(q, k, v, packed), (q, k, v), gradient)
 
         both = self.seconds(both_ways)
         flops = 2.0 * rows * length * heads * width * part  # the causal half of 4 · width · keys
@@ -156,7 +183,7 @@ class Bench:
 
     def _kernel(self, heads: int, width: int) -> Kernel:
         """Choose the kernel that runs choose: the fastest at this head width."""
-        shape = Shape(LENGTH, heads, heads, width)
+        shape = Shape(LENGTH, heads, heads // GROUPED, width)
         if self.device.type != "cuda":
             return "cudnn"
         if width not in self._chosen:
@@ -177,36 +204,43 @@ class Bench:
         self.found.host.append(2**28 / self.seconds(lambda: here.copy_(there, non_blocking=True)))
         self.found.host.append(2**28 / self.seconds(lambda: there.copy_(here, non_blocking=True)))
 
-    def _block(self, tokens: int) -> None:
-        """Measure a block of Llama's shape both ways, compiled on a GPU, and say how it is predicted."""
-        dim, compiled = self.sizes.dim, self.device.type == "cuda"
+    def _launch(self, compiled: bool) -> None:
+        """Measure what the host takes to launch a block both ways."""
+        self.found.launches[compiled] = self.seconds(self._both_ways(FEW, compiled)[1])
+
+    def _both_ways(self, tokens: int, compiled: bool) -> tuple[BlockConfig, Callable[[], object]]:
+        """Return the config of a block of Llama's shape, and what computes it both ways."""
+        dim = self.sizes.dim
+        heads = dim // self.width
         shape = DecoderConfig(
-            dim=dim, layers=1, heads=dim // self.width, kv_heads=max(1, dim // self.width // 4), ffn_dim=7 * dim // 2,
-            vocabulary=2,
+            dim=dim, layers=1, heads=heads, kv_heads=heads // GROUPED, ffn_dim=7 * dim // 2, vocabulary=2
         )  # fmt: skip
-        config = shape.block(0)
-        block = Block(config).to(self.device, self.dtype)
+        block = Block(shape.block(0)).to(self.device, self.dtype)
         block.use_kernels(BlockKernels(CausalAttention(self._kernel(shape.heads, self.width))))
         if compiled:
-            block.compile()
-        length = min(tokens, 8192)
+            block.compile(dynamic=False)  # as a run compiles its one length
+        length = min(tokens, LENGTH)
         x = self._random(tokens // length, length, dim, grad=True)
+        gradient = torch.randn_like(x)
         rotary = shape.rotary("full")
         assert rotary is not None
         table = rotary_table(torch.arange(length, device=self.device, dtype=torch.float32), rotary)
+        return shape.block(0), lambda: torch.autograd.grad(block(x, table, None)[0], (x, *block.parameters()), gradient)
 
-        def both_ways() -> None:
-            block(x, table, None)[0].sum().backward()
-
+    def _block(self, tokens: int) -> None:
+        """Measure a block both ways, compiled on a GPU, and say how it is predicted."""
+        compiled = self.device.type == "cuda"
+        config, both_ways = self._both_ways(tokens, compiled)
         measured = self.seconds(both_ways)
-        software = COMPILED if compiled else EAGER
+        length, software = min(tokens, LENGTH), COMPILED if compiled else EAGER
         parallel, layout = ParallelConfig(), Layout()
 
         def predicted(cluster: ClusterConfig) -> float:
             one = group_of(cluster, layout, "tp")
             work = BlockWork(tokens, length, "none", False, False, parallel, software, one, one)
             times = block_time(config, work, Kernels(cluster, self.precision))
-            return sum(sum(parts.values()) for parts in (times.forward, times.to_input, times.to_weight))
+            device = sum(sum(parts.values()) for parts in (times.forward, times.to_input, times.to_weight))
+            return max(device, host_seconds("none", software, cluster.rates))
 
         self.found.blocks.append((predicted, measured))
 

@@ -15,6 +15,7 @@ from ..models.part_config import AttentionConfig, BlockConfig, LatentAttentionCo
 from ..parallel.config import ParallelConfig
 from ..parallel.context.traffic import position_bytes
 from ..parallel.layout import Layout
+from .cluster import Rates
 from .kernel_time import Kernels
 from .memory import Job
 from .network import Group, group, group_of
@@ -117,16 +118,19 @@ def block_time(block: BlockConfig, work: BlockWork, kernels: Kernels) -> BlockTi
     to_input["recomputation"] = _recomputation(block, work, kernels, forward)
     if work.policy == "offload":
         to_input["recomputation"] = 0.0
-    for parts, others, passes in ((forward, {}, 1), (to_input, to_weight, 2)):
-        parts["launches"] = _launches(summed(parts, others), passes, work.software, kernels)
+    rates = kernels.cluster.rates
+    for parts, passes in ((forward, 1), (to_input, 2)):
+        parts["launches"] = KERNELS * passes * work.software.launches * rates.tail / rates.speed
     return BlockTime(forward, _present(to_input), _present(to_weight))
 
 
-def _launches(parts: Parts, passes: int, software: Software, kernels: Kernels) -> float:
-    """Predict what kernels' beginnings and ends take, and the waiting for a host that launches more slowly than they run."""
-    rates = kernels.cluster.rates
-    tails = KERNELS * passes * software.launches * rates.tail / rates.speed
-    return max(tails, passes * rates.launch * software.launches - sum(parts.values()))
+def host_seconds(policy: str, software: Software, rates: Rates) -> float:
+    """Return the seconds in which the host launches a block's passes over one micro-batch under an activation policy.
+
+    Selective checkpointing launches few kernels again, and is counted as if it launched none.
+    """
+    passes = 4 if policy == "full" else 3
+    return passes * (rates.launch_eager if software.eager else rates.launch)
 
 
 def _present(parts: Parts) -> dict[str, float]:

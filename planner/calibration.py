@@ -56,6 +56,7 @@ class Measured:
 
     copies  bytes per second that a pointwise kernel reads and writes, by size; host: between the GPU and its host
     blocks  (predict: rates → seconds of a block both ways, measured seconds)
+    launches  seconds of a block both ways over so few tokens that the host alone counts, by whether it is compiled
     """
 
     precision: str = "bf16"
@@ -67,6 +68,7 @@ class Measured:
     blocks: list[tuple[Callable[[ClusterConfig], float], float]] = field(
         default_factory=list[tuple[Callable[[ClusterConfig], float], float]]
     )
+    launches: dict[bool, float] = field(default_factory=dict[bool, float])
 
 
 def calibrated(cluster: ClusterConfig, found: Measured) -> ClusterConfig:
@@ -86,6 +88,8 @@ def calibrated(cluster: ClusterConfig, found: Measured) -> ClusterConfig:
         cluster = _with(cluster, **_fit_attention(cluster, found))
     if found.collectives:
         cluster = _with(cluster, **_fit_collectives(cluster, found.collectives))
+    names = {True: "launch", False: "launch_eager"}
+    cluster = _with(cluster, **{names[compiled]: seconds / 3 for compiled, seconds in found.launches.items()})
     if found.blocks:
         # A block's time is inverse to the speed.
         logs = [math.log(predict(cluster) / seconds) for predict, seconds in found.blocks]

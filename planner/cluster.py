@@ -67,10 +67,11 @@ class Rates:
     half_width: float = key(28.0, "head width at which attention reaches half the rate of endless heads")
     half_length: float = key(350.0, "positions of a document at which attention reaches half the rate of endless ones")
     memory: float = key(0.88, "share of the memory's bandwidth that pointwise kernels reach")
-    tail: float = key(1.4e-5, "seconds that the beginning and the end of a kernel take")
+    tail: float = key(5.0e-6, "seconds that the beginning and the end of a kernel take")
     launch: float = key(
-        2.5e-4, "seconds in which the host launches a block's forward pass; twice as long for the backward pass"
+        1.45e-3, "seconds in which the host launches a compiled block's forward pass; twice as long for the backward pass"
     )
+    launch_eager: float = key(1.45e-3, "the same of a block that is not compiled; the default is a compiled one's")
     link: float = key(0.80, "share of its bandwidth that a collective reaches inside a node")
     network: float = key(0.80, "the same across nodes")
     latency: float = key(3.0e-6, "seconds that each further rank inside a node adds to a collective")

@@ -17,7 +17,8 @@ class Software:
     recomputes_last  whether policy "full" computes a block's last product again, which no backward pass reads
     float8_experts   whether routed experts are multiplied in float8 where the other products of blocks are
     tensor_overlap  part of tensor parallelism's exchanges that products hide
-    launches    time of launching a block, against compiled blocks
+    launches    kernels of a block, against compiled blocks
+    eager       whether blocks are not compiled, which the host launches in a time of their own
     overlaps    part of a pass beside which gathering and reducing may hide
     sums_received_rows  whether ranks send each other rows of gradients under ZeRO-1 and sum them; else they reduce-scatter
     reduces_late  whether gradients are reduced only after the last backward pass
@@ -31,6 +32,7 @@ class Software:
     float8_experts: bool = False
     tensor_overlap: float = 0.0
     launches: float = 1.0
+    eager: bool = False
     overlaps: float = 0.9
     sums_received_rows: bool = False
     reduces_late: bool = False
@@ -39,5 +41,5 @@ class Software:
 COMPILED = Software(sums_received_rows=True)
 """This program with `trainer.compile`."""
 
-EAGER = Software(sums_received_rows=True, passes=2.2, launches=2.5)
+EAGER = Software(sums_received_rows=True, passes=2.2, launches=2.5, eager=True)
 """This program without it: each pointwise operation is a kernel of its own."""

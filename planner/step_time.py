@@ -4,6 +4,7 @@ step = compute of the busiest pipeline rank (products, attention, pointwise, exp
      + the pipeline's waiting, from its schedule simulated in seconds
      + what gathering weights and reducing gradients can't hide, and what hidden collectives take from computation
      + copies of weights and gradients in memory, offloading, the update, checkpoints, waiting for the slowest rank
+     + what the host needs longer to launch a step than all that takes
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..optim.optimizers.matrix_config import MatrixOptimConfig
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import Layout, uses_fsdp
 from ..parallel.pipeline.stages import StagePlan
-from .block_time import BlockTime, BlockWork, Parts, block_time, scaled, summed
+from .block_time import BlockTime, BlockWork, Parts, block_time, host_seconds, scaled, summed
 from .cluster import ClusterConfig
 from .cost import LayoutCost, RankCost
 from .engines import engine_moved
@@ -106,11 +107,22 @@ def step_time(step: Step, *, simulated: bool = True) -> StepTime:
     rank = max(step.cost.ranks, key=lambda each: each.elements)
     outside, beside = _outside(step, kernels, rank, forward, backward)
     parts = summed(compute, outside)
+    parts["waiting for the host"] = max(0.0, _host_time(step) - sum(parts.values()))
     nodes = -(-step.layout.world_size // step.cluster.gpus_per_node)
     if nodes > 1:
         parts["slowest rank"] = sum(parts.values()) * step.cluster.rates.jitter * math.log2(nodes)
     parts["checkpoints"] = _waiting_for_checkpoints(step, rank, sum(parts.values()) - parts["update"])
     return StepTime({name: seconds for name, seconds in parts.items() if seconds > 0}, beside)
+
+
+def _host_time(step: Step) -> float:
+    """Predict in what time the busiest rank's host launches a step. It runs ahead of the GPU from the first block on."""
+    rates, policies = step.cluster.rates, step.job.policies
+    ranks = (
+        sum(host_seconds(policies[layer], step.traits, rates) for layers in rank.layers for layer in layers)
+        for rank in step.cost.ranks
+    )
+    return max(ranks) * step.job.micro_batches
 
 
 def _stage_times(step: Step, kernels: Kernels) -> list[BlockTime]:

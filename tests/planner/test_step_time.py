@@ -69,6 +69,21 @@ def test_an_ideal_step_takes_its_flops_at_the_peak() -> None:
     assert again == pytest.approx((2 * read + scores) * tokens / 989e12, rel=1e-6)
 
 
+def test_a_step_takes_what_its_host_launches_it_in_if_that_is_longer() -> None:
+    """Eight micro-batches of 32 blocks, 3 passes each and 4 with recomputation; eager blocks have a time of their own."""
+    slow = replace(H100.rates, launch=0.1, launch_eager=0.2)
+    for policy, passes in (("none", 3), ("selective", 3), ("full", 4)):
+        plain = step(ParallelConfig(zero=1), replace(H100, rates=slow), ranks=8, policy=policy)
+        assert step_time(plain).seconds == pytest.approx(8 * 32 * passes * 0.1)
+        eager = replace(plain, job=replace(plain.job, compiled=False))
+        assert step_time(eager).seconds == pytest.approx(8 * 32 * passes * 0.2)
+        staged = step(ParallelConfig(zero=1, pp=8), replace(H100, rates=slow), ranks=8, policy=policy)
+        layers = max(len(held) for rank in staged.cost.ranks for held in rank.layers)
+        assert step_time(staged).seconds == pytest.approx(8 * layers * passes * 0.1), "a rank's host launches its own stage"
+    quick = step(ParallelConfig(zero=1), ranks=8, policy="none")
+    assert "waiting for the host" not in step_time(quick).parts and step_time(quick).seconds > 8 * 32 * 3 * H100.rates.launch
+
+
 def test_an_even_pipeline_waits_as_the_closed_form_says() -> None:
     """(p − 1) / (v · m) of the ideal time (arXiv 2104.04473); here the head makes the last stage the busiest."""
     for schedule, chunks, most in (("1f1b", 1, 7 / 32), ("interleaved", 2, 7 / 64)):
@@ -193,7 +208,8 @@ def test_calibration_finds_the_rates_that_made_the_times() -> None:
         return sum(sum(parts.values()) for parts in (times.forward, times.to_input, times.to_weight))
 
     measured = Measured(
-        "bf16", products, attention, [3.35e12 * 0.8], [25e9], collectives, [(predicted, predicted(real))]
+        "bf16", products, attention, [3.35e12 * 0.8], [25e9], collectives, [(predicted, predicted(real))],
+        {True: 3 * 2e-3, False: 3 * 1e-3},
     )  # fmt: skip
     found = calibrated(H100, measured)
     assert HIDDEN < 1 and found.calibrated and found.band == 0.10
@@ -202,6 +218,7 @@ def test_calibration_finds_the_rates_that_made_the_times() -> None:
         assert tuple(replace(less, gpus=gpus).band for gpus in (1, 8, 512)) == bands
     for name in ("products", "half_area", "attention", "attention_backward", "memory", "link", "latency", "network", "speed"):
         assert getattr(found.rates, name) == pytest.approx(getattr(truth, name), rel=0.02), name
+    assert (found.rates.launch, found.rates.launch_eager) == (pytest.approx(2e-3), pytest.approx(1e-3))
     assert block_errors(found, measured) == [pytest.approx(0.0, abs=0.01)]
 
 
