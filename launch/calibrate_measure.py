@@ -24,7 +24,7 @@ from ..models.part_config import BlockConfig
 from ..models.rotary import rotary_table
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import Layout
-from ..planner.block_time import BlockWork, block_time, host_seconds
+from ..planner.block_time import BlockWork, block_time
 from ..planner.calibration import Attention, Collective, Measured, Product
 from ..planner.cluster import ClusterConfig
 from ..planner.kernel_time import Kernels
@@ -38,6 +38,8 @@ GROUPED = 4
 """Query heads that share keys and values, as in most models."""
 FEW = 16
 """Tokens of a block whose passes take the GPU less time than the host."""
+BRAKED = 1.25
+"""Time of a block, of that of launching it, up to which the host may have been the brake."""
 
 
 @dataclass(frozen=True)
@@ -239,10 +241,10 @@ class Bench:
             one = group_of(cluster, layout, "tp")
             work = BlockWork(tokens, length, "none", False, False, parallel, software, one, one)
             times = block_time(config, work, Kernels(cluster, self.precision))
-            device = sum(sum(parts.values()) for parts in (times.forward, times.to_input, times.to_weight))
-            return max(device, host_seconds("none", software, cluster.rates))
+            return sum(sum(parts.values()) for parts in (times.forward, times.to_input, times.to_weight))
 
-        self.found.blocks.append((predicted, measured))
+        if measured > BRAKED * self.found.launches[compiled]:  # otherwise it tells nothing of kernels
+            self.found.blocks.append((predicted, measured))
 
     @property
     def width(self) -> int:
