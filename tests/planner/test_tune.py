@@ -132,10 +132,13 @@ def test_micro_batch_stays_where_it_is_part_of_the_recipe(words: list[str], why:
 
 
 def test_predictions_are_near_what_was_measured_and_in_its_order() -> None:
-    """H200, tokens/s per GPU. 4 micro-batches of 1 had 0.90 of the speed of one of 4 (609 and 549 ms, both with cuDNN)."""
+    """H200, tokens/s per GPU. Of the speed of one micro-batch of 4, 4 of 1 had 0.90 with cuDNN (2026-11-22: 609 and 549 ms).
+
+    By passes of 131.3 ms over one sequence and 527.3 over four (2026-12-01), sums and update as planned, it is 0.98.
+    """
     alone = tokens_per_second("batch.samples=4", "launch.nproc=1")
     assert alone == pytest.approx(62_500, rel=0.03)
-    assert tokens_per_second("batch.samples=4", "batch.micro=1", "launch.nproc=1") == pytest.approx(0.9 * alone, rel=0.03)
+    assert 0.90 < tokens_per_second("batch.samples=4", "batch.micro=1", "launch.nproc=1") / alone < 0.98
     zero = {stage: tokens_per_second("batch.samples=8", "launch.nproc=2", f"parallel.zero={stage}") for stage in (1, 2, 3)}
     assert alone > zero[1] > zero[2] > zero[3]
     assert zero[3] / zero[1] == pytest.approx(58_450 / 60_000, abs=0.01)
