@@ -70,14 +70,15 @@ def agree_on_plan(mesh: Mesh, share: Share, what: str) -> None:
 class Pending:
     """A finished step whose numbers are still on the device.
 
-    start    the progress at its beginning, and `progress` that at its end
-    tokens   of its global batch, padding included
-    began    when the numbers of the step before were computed
-    done     when its own were
-    moments  the gradient statistics that it measured, if any; their values are among the numbers
-    flops    of the model on the global batch
-    planned  numbers of the plan by which it was dealt
-    learned  whether it had a loss, and so an update
+    start      the progress at its beginning, and `progress` that at its end
+    tokens     of its global batch, padding included
+    began      when the numbers of the step before were computed
+    done       when its own were
+    moments    the gradient statistics that it measured, if any; their values are among the numbers
+    flops      of the model on the global batch
+    planned    numbers of the plan by which it was dealt
+    learned    whether it had a loss, and so an update
+    by_worker  whether documents were dealt by worker: a replay must deal them so again
     """
 
     start: Progress
@@ -91,6 +92,7 @@ class Pending:
     flops: float
     planned: Mapping[str, float]
     learned: bool
+    by_worker: bool
 
 
 @dataclass
@@ -315,8 +317,9 @@ class Loop:
         tokens = self.progress.batch * self.horizon.seq_len
         # By convention a sample counts as one document where nobody has counted its own.
         flops = self.flops_per_token * tokens if share.flops is None else share.flops
+        by_worker = share.worker_rows is not None
         self._pending.append(
-            Pending(start, after, lr, tokens, self._began, done, numbers, moments, flops, share.numbers, learned)
+            Pending(start, after, lr, tokens, self._began, done, numbers, moments, flops, share.numbers, learned, by_worker)
         )
         self._began = done
         must_know = learned and (self.controller.needs_loss or moments is not None)
@@ -400,7 +403,7 @@ class Loop:
         self._pending.clear()
         self.engine.forget_updates(sum(each.learned for each in skipped))
         self.progress = step.progress
-        repeats = self.guard.handle(self, step.progress, verdict)
+        repeats = self.guard.handle(self, step.progress, verdict, by_worker=step.by_worker)
         if repeats:
             self.progress = step.start
             for hook in self.hooks:

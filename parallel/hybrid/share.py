@@ -150,7 +150,7 @@ class HybridAssigner:
             passes=plan.passes,
             workers=0 if measured is None else measured.workers,
             worker_rows=None if measured is None else measured.rows_of(data_rank),
-            checksum=zlib.crc32(repr((documents.lengths, plan)).encode()),
+            checksum=zlib.crc32(repr((documents.lengths, plan, measured and measured.groups)).encode()),
             numbers={
                 "hybrid/planned_wait": plan.waiting(documents.lengths, self.costs(row_tokens)),
                 "hybrid/shared_documents": len(plan.shared),

@@ -123,11 +123,11 @@ class StepGuard:
         if self.suspected is not None and self._good_in_a_row >= SETTLED:
             self.suspected = None
 
-    def handle(self, loop: Loop, progress: Progress, verdict: Verdict) -> bool:
+    def handle(self, loop: Loop, progress: Progress, verdict: Verdict, *, by_worker: bool = False) -> bool:
         """Handle a bad step, which the device has skipped with all that followed. Return whether to take it again.
 
         It is taken again after a passing fault, and without the samples that a rewind leaves out: the weights are still those
-        before it. Called on all ranks. progress: after the step
+        before it. Called on all ranks. progress: after the step; by_worker: whether it was dealt so
 
         Raises TrainingDiverged or RewindNeeded where the run can't go on with these weights.
         """
@@ -138,7 +138,10 @@ class StepGuard:
         self._good_in_a_row = 0
         if self.suspected is None:
             self.suspected = step
-        diagnosis = replay_spike(loop, batch, verdict.loss, verdict.norm) if verdict.finite else replay(loop, batch)
+        if verdict.finite:
+            diagnosis = replay_spike(loop, batch, verdict.loss, verdict.norm, by_worker=by_worker)
+        else:
+            diagnosis = replay(loop, batch, by_worker=by_worker)
         message = describe(verdict, step, batch, diagnosis)
         action = self._choose(step, verdict, diagnosis)
         self._note(message, step, batch, verdict, diagnosis, action)

@@ -161,12 +161,13 @@ def _blocks(stage: nn.Module) -> list[tuple[int, nn.Module]]:
     return list(stage.block_modules().items()) if isinstance(stage, Model) else []
 
 
-def replay(loop: Loop, batch: GlobalBatch) -> Diagnosis:
+def replay(loop: Loop, batch: GlobalBatch, *, by_worker: bool = False) -> Diagnosis:
     """Find out why a step's loss or gradient was not finite. All ranks call it, between steps; nothing is updated.
 
     batch: of the step, whose weights must be in place. Takes two or three steps' time.
+    by_worker: whether the step was dealt so (`Dealer.load`)
     """
-    first, wrong = _pass(loop, batch, 0)
+    first, wrong = _pass(loop, batch, 0, by_worker)
     if not wrong:
         return Diagnosis(PASSING)
     broken = _broken_arrays(loop)
@@ -178,7 +179,7 @@ def replay(loop: Loop, batch: GlobalBatch) -> Diagnosis:
     dealer, ranks = loop.batches.dealer, loop.island.layout.data_size
     if ranks == 1 or not isinstance(dealer, Assigner) or not first:
         return diagnosis
-    second, _ = _pass(loop, batch, 1)
+    second, _ = _pass(loop, batch, 1, by_worker)
     moved = _suspects(loop, batch, second, 1)
     if set(suspects) & set(moved):
         diagnosis.kind = DATA
@@ -192,11 +193,11 @@ SAME_LOSS, SAME_NORM = 0.01, 0.1
 """Relative differences from a spike's loss and gradient norm within which a replay has met it again, in any precision."""
 
 
-def replay_spike(loop: Loop, batch: GlobalBatch, loss: float, norm: float) -> Diagnosis:
+def replay_spike(loop: Loop, batch: GlobalBatch, loss: float, norm: float, *, by_worker: bool = False) -> Diagnosis:
     """Find out whether a step's finite loss and gradient norm come again. All ranks call it, as `replay`."""
 
     def comes_again(by: int) -> bool:
-        found, there = _sums(loop, _share(loop, batch, by))
+        found, there = _sums(loop, _share(loop, batch, by, by_worker))
         return abs(found - loss) <= SAME_LOSS * abs(loss) and abs(there - norm) <= SAME_NORM * norm
 
     if not comes_again(0):
@@ -214,12 +215,12 @@ def _broken_arrays(loop: Loop) -> list[str]:
     return sorted({key for keys in loop.island.gather_objects(mine[:8]) for key in keys})
 
 
-def _pass(loop: Loop, batch: GlobalBatch, by: int) -> tuple[list[Trace], bool]:
+def _pass(loop: Loop, batch: GlobalBatch, by: int, by_worker: bool) -> tuple[list[Trace], bool]:
     """Run the step's passes, each data rank those of the rank `by` further on.
 
     Return the traces of all ranks, and whether the loss or the gradient norm is not finite.
     """
-    share = _share(loop, batch, by)
+    share = _share(loop, batch, by, by_worker)
     watch = _Watch(loop.mesh.rank, share)
     handles = watch.attach(loop.engine.module)
     try:
@@ -240,9 +241,10 @@ def _sums(loop: Loop, share: Share) -> tuple[float, float]:
     return float(loss.mean), float(norm)
 
 
-def _share(loop: Loop, batch: GlobalBatch, by: int) -> Share:
+def _share(loop: Loop, batch: GlobalBatch, by: int, by_worker: bool) -> Share:
     data_rank = (loop.island.data_rank + by) % loop.island.layout.data_size
-    return loop.batches.dealer.load(loop.batches.samples, batch, loop.controller.micro_at(batch.count), data_rank)
+    micro = loop.controller.micro_at(batch.count)
+    return loop.batches.dealer.load(loop.batches.samples, batch, micro, data_rank, by_worker=by_worker)
 
 
 def _suspects(loop: Loop, batch: GlobalBatch, traces: Sequence[Trace], by: int) -> list[int]:

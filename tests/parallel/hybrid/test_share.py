@@ -109,6 +109,15 @@ def test_a_measured_step_has_the_workers_of_a_run_without_it() -> None:
     assert unmeasured.workers == 0 and unmeasured.worker_rows is None
 
 
+def test_ranks_notice_that_one_takes_other_workers_for_the_same_rows() -> None:
+    """One rank measures the step and the other does not, and both plans have the same rows: a worker is a row here."""
+    assigner, batch = HybridAssigner(1, CostModel(1.0, 50.0), capacity=40), GlobalBatch(0, 2)
+    samples = Packed([[10], [40]])
+    measured, unmeasured = (assigner.load(samples, batch, 1, 0, by_worker=by_worker) for by_worker in (True, False))
+    assert measured.passes == unmeasured.passes == 2
+    assert measured.checksum != unmeasured.checksum
+
+
 def test_no_row_is_filled_up_beyond_the_capacity() -> None:
     dealt = shares([[17, 17]] * 6, 4, capacity=19, unit=4)
     assert max(row.tokens_BS.shape[1] for share in dealt for row in share.micro_batches) <= 19

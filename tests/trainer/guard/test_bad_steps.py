@@ -14,7 +14,9 @@ import torch
 
 from meshloom.data.batch import IGNORED, MicroBatch, Sample
 from meshloom.models.init import fill
+from meshloom.optim.batch.controller import Fixed
 from meshloom.parallel.config import ParallelConfig
+from meshloom.parallel.hybrid.share import HybridAssigner
 from meshloom.trainer.guard import spikes
 from meshloom.trainer.guard.guard import TrainingDiverged
 from meshloom.trainer.guard.journal import read_journal
@@ -213,3 +215,31 @@ def test_so_many_spikes_in_a_row_are_a_new_level(tmp_path: Path) -> None:
     (((losses, updates, said),), incidents) = run("one", tmp_path, "new level", bad_step_limit=2)
     assert [(each["kind"], each["step"]) for each in incidents] == [("bad_step", 4), ("bad_step", 5), ("new_level", 5)]
     assert (updates, said) == (STEPS - 2, "") and equal(losses, plain_losses(skipped=(4, 5)))
+
+
+def replayed(rank: int, world_size: int, folder: str) -> list[tuple[int, bool]]:
+    """The first samples of the shares that were read, and whether they were dealt by worker: every second step is measured."""
+    parallel = ParallelConfig(hdp="greedy", hdp_tokens=19, zero=1)
+    work = Work(parallel, samples=WORK.samples, micro=2, documents=True, steps=4)
+    engine, clock, read = build(work, world_size, measures=True), Clock(), list[tuple[int, bool]]()
+    weight = next(iter(engine.module.block_modules().values())).attention.wo.weight  # type: ignore[operator, union-attr]
+    poison(weight, lambda: math.inf if rank == 1 and clock.step >= 4 else 1.0)
+    load = HybridAssigner.load
+
+    def seen(*arguments: Any, by_worker: bool = False) -> Any:
+        read.append((arguments[2].first, by_worker))
+        return load(*arguments, by_worker=by_worker)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HybridAssigner, "load", seen)
+        patch.setattr(Fixed, "measures", lambda _self, progress: progress.step % 2 == 1)
+        take_steps(engine, work, range(4), Guarded(folder), clock)
+    return read
+
+
+def test_a_measured_step_is_replayed_as_it_was_dealt(tmp_path: Path) -> None:
+    """Dealt in the ordinary way its rows would lie on other ranks: a bad device might not meet them again."""
+    for read in run_ranks(2, replayed, str(tmp_path)):
+        assert [each for each in read if each[0] < 32] == [(0, False), (8, True), (16, False), (24, True), (24, True)]
+    (incident,) = read_incidents(tmp_path)
+    assert incident["step"] == 4 and "rank 1, gradient of a weight of layers.0.attention.wo.weight" in incident["message"]
