@@ -27,7 +27,7 @@ from document_lengths import QUANTILES, draw_length
 
 from meshloom.data.assignment import any_number
 from meshloom.parallel.hybrid.assignment import HybridAssignment, in_lockstep
-from meshloom.parallel.hybrid.by_worker import deal_by_worker
+from meshloom.parallel.hybrid.by_worker import deal_by_worker, deal_worker
 from meshloom.parallel.hybrid.cost import CostModel, least_time
 from meshloom.parallel.hybrid.greedy import pack_rows
 from meshloom.parallel.hybrid.pipelined import filled
@@ -115,23 +115,27 @@ def print_pipelines(settings: Settings) -> None:
 
 def print_measured(settings: Settings) -> None:
     """Print a table of steps dealt worker by worker. Documents are packed into samples, each of which is a worker."""
-    print("| Lengths | Ranks | Workers | Ranks of a worker | Greedy | measured | Lock-step | measured |")
-    print("|---" * 8 + "|")
+    print("| Lengths | Ranks | Workers | Ranks of a worker | Rows of it | Greedy | measured | Lock-step | measured |")
+    print("|---" * 9 + "|")
     length, costs = settings.worker * CAPACITY, settings.costs
 
     def deal(lengths: Sequence[int], ranks: int) -> HybridAssignment:
         return assign(lengths, ranks, CAPACITY, costs, "lockstep")
 
+    def deal_own(lengths: Sequence[int], ranks: int) -> HybridAssignment:
+        return deal_worker(lengths, ranks, CAPACITY, costs)
+
     for name in QUANTILES:
         for ranks in (each for each in RANKS if settings.least <= each <= settings.most):
             lengths = [min(each, length) for each in draw_step(name, ranks, 4)]
             workers = pack_rows(range(len(lengths)), lengths, length)
-            measured = deal_by_worker(lengths, costs.documents(lengths), workers, ranks, CAPACITY, deal, any_number)
+            measured = deal_by_worker(lengths, costs.documents(lengths), workers, ranks, CAPACITY, deal_own, any_number)
+            rows = sum(turn is not None for each in measured.groups for turn in each.turns) / len(workers)
             apart = replace(measured.plan, lockstep=False)
             plans = assign(lengths, ranks, CAPACITY, costs), apart, deal(lengths, ranks), measured.plan
             bound = least_time(lengths, ranks, CAPACITY, costs)
             over = " | ".join(f"{plan.step_time(lengths, costs) / bound:.3f}" for plan in plans)
-            print(f"| {name} | {ranks} | {len(workers)} | {measured.groups[0].ranks} | {over} |", flush=True)
+            print(f"| {name} | {ranks} | {len(workers)} | {measured.groups[0].ranks} | {rows:.2f} | {over} |", flush=True)
 
 
 def main(settings: Settings) -> None:

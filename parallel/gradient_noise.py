@@ -6,10 +6,10 @@ gradient of one micro-batch before anything is added to it or reduced: that is D
 2412.21124) for every ZeRO stage, one kernel per weight and micro-batch, and one number per rank in the collective that the
 gradient's norm needs anyway.
 
-Context-parallel ranks each have a part of a worker's gradient. They sum it weight by weight in the hooks (`worker_sums.py`), as
-the square of a sum does not follow from the squares of its parts. A product with the whole gradient does. Under hybrid data
-parallelism a measured step is dealt worker by worker, so that a group of ranks shares its workers in the same way
-(`Share.worker_rows`).
+Context-parallel ranks each have a part of a worker's gradient. They sum it weight by weight in the hooks (`worker_sums.py`),
+as the square of a sum does not follow from the squares of its parts. Each gets a piece of the sum, and takes that piece's
+product with the same piece of the whole gradient. Under hybrid data parallelism a measured step is dealt worker by worker, so
+that a group of ranks shares its workers in the same way (`Share.worker_rows`).
 
 Not seen: a tied embedding cut by a pipeline, whose two parts add up on neither rank. `limits.measuring_problems` refuses it.
 """
@@ -66,12 +66,11 @@ class Moments:
 class _Turn:
     """What a micro-batch is to the workers of its rank.
 
-    worker       of which it is a part; None: it is blank on all ranks that share workers with this one
-    first, last  whether it is the first of the worker's micro-batches, and the last
+    worker  of which it is a part; None: it is blank on all ranks that share workers with this one
+    last    whether it is the last of the worker's micro-batches
     """
 
     worker: int | None
-    first: bool
     last: bool
 
     @property
@@ -80,10 +79,7 @@ class _Turn:
 
 
 def _turns(workers: Sequence[int | None]) -> list[_Turn]:
-    around = [None, *workers, None]
-    return [
-        _Turn(here, here != before, here != after) for before, here, after in zip(around, workers, around[2:], strict=False)
-    ]
+    return [_Turn(here, here != after) for here, after in zip(workers, [*workers[1:], None], strict=True)]
 
 
 class GradientNoise(GradientObserver):
@@ -130,8 +126,6 @@ class GradientNoise(GradientObserver):
             accum_dtype = torch.float64 if mine.dtype == torch.float64 else torch.float32
             turn = self._turns[self._seen_rows[index]]
             self._seen_rows[index] += 1
-            if self.measure is Measure.PROJECTIONS and not turn.blank:
-                self._keep(index, turn, mine.to("cpu", accum_dtype, copy=True))
             if self._sharers.count == 1:
                 self._add(index, turn, mine, accum_dtype)
             else:  # the last weight's sum arrived while this gradient was computed, unless a rank is slow
@@ -158,15 +152,10 @@ class GradientNoise(GradientObserver):
         if turn.last:
             self._norms[index].append(torch.linalg.vector_norm(part, dtype=accum_dtype))
             self._rows_before[index] = None
+            if self.measure is Measure.PROJECTIONS:
+                self._kept[index].append(part.to("cpu", accum_dtype, copy=True))
         elif before is None:
             self._rows_before[index] = part.to(accum_dtype, copy=True)
-
-    def _keep(self, index: int, turn: _Turn, part: torch.Tensor) -> None:
-        """Keep one row's gradient of a weight on the host, added to those of its worker's rows before."""
-        if turn.first:
-            self._kept[index].append(part)
-        else:
-            self._kept[index][-1] += part
 
     def begin(self, share: Share, global_tokens: torch.Tensor) -> None:
         """Clear the last step, and record each worker's share of the tokens, in the order of their backward passes."""
@@ -252,6 +241,8 @@ class GradientNoise(GradientObserver):
         products_K = torch.zeros(len(self._shares_K), dtype=torch.float64, device=self._mesh.device)
         for kept, gather in zip(self._kept, whole_gradients, strict=True):
             whole = gather()
+            if self._sharers.count > 1:
+                whole = self._sharers.piece_of(whole)
             for number, part in enumerate(kept):
                 products_K[number] += torch.sum(part.to(whole.device, whole.dtype) * whole, dtype=torch.float64)
             kept.clear()

@@ -34,9 +34,8 @@ class WorkerRanks:
         """
         assert self.group is not None
         flat = gradient.reshape(-1)[: 0 if nothing else None]
-        own = self.group.rank() - self.first
         sends, receives = [0] * self.group.size(), [0] * self.group.size()
-        size = chunk(len(flat), self.count, own)[1]
+        size = len(self.piece_of(flat))
         for number in range(self.count):
             sends[self.first + number] = chunk(len(flat), self.count, number)[1]
             receives[self.first + number] = size
@@ -48,3 +47,9 @@ class WorkerRanks:
             return sum_rows(received.view(self.count, size), dtype)
 
         return wait
+
+    def piece_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the piece of a flattened tensor that this rank gets of its sum."""
+        assert self.group is not None
+        start, size = chunk(tensor.numel(), self.count, self.group.rank() - self.first)
+        return tensor.reshape(-1)[start : start + size]

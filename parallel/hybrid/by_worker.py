@@ -10,10 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from itertools import count as naturals
 
 from ...data.assignment import WorkerRows
 from .assignment import HybridAssignment, Row, Shared
+from .cost import CostModel
+from .lockstep import SHARING, fewest_rows, first_fast, plans_of_rows
+from .planning import assign
+
+SENT = 2048
+"""What a row is charged: tokens that a rank computes while it sends its gradient once, in bf16 at 50 GB/s and 400 TFLOP/s."""
 
 Deal = Callable[[Sequence[int], int], HybridAssignment]
 """Deal documents of these lengths to so many ranks, which run their rows together."""
@@ -94,6 +101,21 @@ def deal_by_worker(
     padded = [(*each, *[None] * (filled - rows)) for each in turns]
     told = (WorkerRows(together, tuple(own), each) for own, each in zip(owned, padded, strict=True))
     return WorkerPlan(HybridAssignment(made, tuple(shared), lockstep=True), tuple(told))
+
+
+def deal_worker(lengths: Sequence[int], ranks: int, capacity: int, costs: CostModel, stages: int = 1) -> HybridAssignment:
+    """Deal the documents of one worker to ranks that run their rows together, in as few rows as hold them.
+
+    Each row sends the whole gradient once, and a second one keeps the sum so far. So the plan with more rows is taken only
+    where it is clearly faster after a charge for each. stages: as `assign`
+    """
+    usual = assign(lengths, ranks, capacity, costs, "lockstep", stages)
+    if ranks == 1:  # nothing is sent
+        return usual
+    fewest = [fewest_rows(lengths, ranks, capacity)]
+    few = plans_of_rows(lengths, ranks, capacity, costs.documents(lengths), fewest, [*SHARING, (0.02, 0.0)])
+    plans = chain((replace(plan, stages=stages) for plan in few), [usual])
+    return first_fast(plans, lambda plan: plan.step_time(lengths, costs) + SENT * costs.linear * plan.passes, 0.0)
 
 
 def _dealt_to_groups(cost: Sequence[float], groups: int) -> list[list[int]]:

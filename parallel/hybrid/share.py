@@ -21,7 +21,7 @@ from ..context.zigzag import cut_document
 from ..layout import Layout, uses_fsdp
 from ..pipeline.stages import legal_micro_batches
 from .assignment import HybridAssignment, Row
-from .by_worker import WorkerPlan, deal_by_worker
+from .by_worker import WorkerPlan, deal_by_worker, deal_worker
 from .cost import CostModel, costs_of
 from .pipelined import filled
 from .planning import assign, row_unit
@@ -131,7 +131,7 @@ class HybridAssigner:
         costs = self.costs(capacity)
 
         def deal(lengths: Sequence[int], ranks: int) -> HybridAssignment:
-            return assign(lengths, ranks, capacity, costs, "lockstep", self.stages)
+            return deal_worker(lengths, ranks, capacity, costs, self.stages)
 
         lengths, workers = documents.lengths, documents.workers(micro)
         cost = costs.documents(lengths)

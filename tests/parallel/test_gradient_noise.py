@@ -126,6 +126,30 @@ def test_projections_are_products_with_the_whole_gradient(ranks: int, parallel: 
         assert found.projection_square == pytest.approx(expected.projection_square, rel=1e-9)
 
 
+def numbers_kept(rank: int, world_size: int, work: Work) -> tuple[int, int]:
+    """Numbers of workers' gradients that a rank copies to the host in a measured step, and those of its weights."""
+    engine, copy, kept = build(work, world_size, measures=True), torch.Tensor.to, list[int]()
+
+    def copied(tensor: torch.Tensor, *arguments: Any, **keys: Any) -> torch.Tensor:
+        kept.extend([tensor.numel()] if arguments[0] == "cpu" else [])
+        return copy(tensor, *arguments, **keys)
+
+    mine = share(engine.mesh, work, 0, by_worker=True)
+    tokens = global_tokens(engine.mesh, mine)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", copied)
+        engine.accumulate(mine, tokens, Measure.PROJECTIONS)
+        engine.gradient_norm()
+    return sum(kept), sum(weight.numel() for weight in engine.module.parameters())
+
+
+def test_ranks_that_share_a_worker_keep_a_piece_of_its_gradient_each() -> None:
+    work = replace(WORK, parallel=ParallelConfig(cp=2, zero=0))
+    found = run_ranks(2, numbers_kept, work)
+    workers = WORK.samples // WORK.micro
+    assert sum(kept for kept, _ in found) == workers * found[0][1]
+
+
 UNEVEN = [
     *[(ranks, ParallelConfig(zero=zero)) for ranks in (1, 2, 3) for zero in (0, 1, 3)],
     (2, ParallelConfig(tp=2)),

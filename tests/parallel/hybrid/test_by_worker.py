@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshloom.data.assignment import any_number
 from meshloom.parallel.hybrid.assignment import HybridAssignment
-from meshloom.parallel.hybrid.by_worker import WorkerPlan, deal_by_worker, ranks_of_worker
+from meshloom.parallel.hybrid.by_worker import WorkerPlan, deal_by_worker, deal_worker, ranks_of_worker
 from meshloom.parallel.hybrid.cost import CostModel
 from meshloom.parallel.hybrid.planning import assign
 
@@ -23,7 +24,7 @@ def dealt(workers: list[list[int]], ranks: int, capacity: int, step: int = 1) ->
     numbers = [[n for n, owner in enumerate(owners) if owner == worker] for worker in range(len(workers))]
 
     def deal(lengths: list[int], ranks: int) -> HybridAssignment:
-        return assign(lengths, ranks, capacity, COSTS, "lockstep")
+        return deal_worker(lengths, ranks, capacity, COSTS)
 
     can_run = any_number if step == 1 else partial(_multiple, step)
     return deal_by_worker(lengths, COSTS.documents(lengths), numbers, ranks, capacity, deal, can_run), lengths, owners
@@ -81,3 +82,17 @@ def test_workers_of_a_turn_cost_about_the_same() -> None:
     lengths = [3, 20, 24, 5, 9, 8]
     found, _, _ = dealt([[length] for length in lengths], 2, 24)
     assert [[lengths[worker] for worker in group.own] for group in found.groups] == [[24, 8, 3], [20, 9, 5]]
+
+
+def test_a_worker_takes_one_row_where_another_planner_takes_many() -> None:
+    """Each row sends the whole gradient, which the planner of ordinary steps does not count."""
+    lengths, costs = [65_536, 30_000, *[300] * 118], CostModel(1.0, 1000.0, row=512_000.0)
+    usual, found = assign(lengths, 4, 36_864, costs, "lockstep"), deal_worker(lengths, 4, 36_864, costs)
+    assert usual.passes == 11 and found.passes == 1
+    assert found.step_time(lengths, costs) < 1.01 * usual.step_time(lengths, costs)
+
+
+@pytest.mark.parametrize(("linear", "several"), [(1e-4, True), (100.0, False)])
+def test_more_rows_are_taken_where_they_save_more_than_they_send(linear: float, several: bool) -> None:
+    """Squares of 6 and 5: shared in a row each they take 30.5, and one on each rank 36, in one row."""
+    assert (deal_worker([6, 5], 2, 62, CostModel(1.0, linear)).passes > 1) == several
