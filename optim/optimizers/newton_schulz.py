@@ -24,8 +24,8 @@ def orthogonalize(matrices_BRC: torch.Tensor, steps: int = STEPS) -> torch.Tenso
     for _ in range(steps):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)  # a·x costs no pass over x this way
-        x = polynomial @ x
+        # Not by a on the polynomial's diagonal: rounded to bf16 there, it would make every row too long or too short alike.
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if rows > columns else x
 
 
