@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...config.words import counted
+from ...trainer.watch.rank import PORT_IS_TAKEN
 from ..exit_codes import BAD_CONFIG, DIVERGED, NO_PROGRESS
 
 FRUITLESS = 2
@@ -46,7 +47,9 @@ def judge_attempts(attempts: Sequence[Attempt], max_restarts: int) -> Judgement:
         return Judgement(False, BAD_CONFIG, "a config error is not tried again")
     if last.code == DIVERGED:
         return Judgement(False, DIVERGED, "the run ended by its own decision, and is not started again")
-    if len(attempts) == 1 and last.error and last.first == last.last:
+    # Another process may take the port at which ranks are to meet, before they do. The next attempt meets at another.
+    taken = "DistNetworkError" in last.error and PORT_IS_TAKEN in last.error
+    if len(attempts) == 1 and last.error and last.first == last.last and not taken:
         return Judgement(False, last.code, "an error in the first step is not tried again" if max_restarts else "the run ends")
     fruitless = _fruitless(attempts)
     repeated = fruitless > 0 and bool(last.error) and attempts[-2].error == last.error

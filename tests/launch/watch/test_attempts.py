@@ -14,6 +14,10 @@ def attempt(first: int, last: int, code: int = 137, rank: int | None = 1, error:
     return Attempt(first, last, code, rank, "node-b", error)
 
 
+TAKEN = "torch.distributed.DistNetworkError: The server socket has failed to listen on any local network address. port: {},"
+TAKEN += " useIpv6: false, code: -98, name: EADDRINUSE, message: address already in use"
+OTHERS = "OSError: [Errno 98] Address already in use"
+
 STORIES: dict[str, tuple[Sequence[Attempt], int, bool, int]] = {
     "a first failure": ([attempt(1, 6)], 3, True, 137),
     "no restarts are wanted": ([attempt(1, 6)], 0, False, 137),
@@ -30,6 +34,10 @@ STORIES: dict[str, tuple[Sequence[Attempt], int, bool, int]] = {
     "another exception": ([attempt(1, 6, 1, error="E: x"), attempt(1, 6, 1, error="E: y")], 9, True, 1),
     "the same exception later": ([attempt(1, 6, 1, error="E: x"), attempt(1, 9, 1, error="E: x")], 9, True, 1),
     "an exception in the very first step": ([attempt(1, 1, 1, error="E: x")], 3, False, 1),
+    "a port that was taken before ranks met there": ([attempt(0, 0, 1, error=TAKEN.format(1))], 3, True, 1),
+    "no restart for a port": ([attempt(0, 0, 1, error=TAKEN.format(1))], 0, False, 1),
+    "ports that are taken always": ([attempt(0, 0, 1, error=TAKEN.format(port)) for port in range(3)], 9, False, NO_PROGRESS),
+    "another port": ([attempt(0, 0, 1, error=OTHERS)], 3, False, 1),
     "killed in the very first step": ([attempt(1, 1)], 3, True, 137),
     "before any step": ([attempt(0, 0, 1), attempt(0, 0, 1), attempt(0, 0, 1)], 9, False, NO_PROGRESS),
 }
