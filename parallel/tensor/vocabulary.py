@@ -9,6 +9,8 @@ Shape legend: T tokens, C tokens of one chunk, D model width, V vocabulary, P te
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as funcol
@@ -18,13 +20,16 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from ...kernels.limits import LOSS_CHUNK
 from ...kernels.loss import IGNORED, LossRule, Merge, sliced_cross_entropy
 
+_gather_rows: Callable[..., torch.Tensor] = getattr(funcol, "all_gather_single", None) or getattr(funcol, "all_gather_tensor")  # noqa: B009
+"""All-gather as a functional collective. Its name differs between torch 2.11 and 2.13, which warns of the old one."""
+
 
 def merge_over(group: dist.ProcessGroup) -> Merge:
     """Return the `merge` of `sliced_cross_entropy`: from per-slice statistics of C rows to those over the vocabulary."""
 
     def merge(log_sum_C: torch.Tensor, picked_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mine_12C = torch.stack((log_sum_C, picked_C))[None]
-        all_P2C = funcol.wait_tensor(funcol.all_gather_tensor(mine_12C, 0, group))
+        all_P2C = funcol.wait_tensor(_gather_rows(mine_12C, 0, group))
         log_sums_PC, picked_PC = all_P2C.unbind(1)
         return log_sums_PC.logsumexp(0), picked_PC.amax(0)
 

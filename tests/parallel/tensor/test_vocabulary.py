@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -52,6 +53,7 @@ class Collectives(TorchDispatchMode):
 def sliced(rank: int, world_size: int, vocabulary: int, chunk: int) -> Any:
     mesh = init_device_mesh("cpu", (world_size,))
     hidden, head, targets = problem(vocabulary)
+    warnings.filterwarnings("error", message=".*deprecated", category=FutureWarning)
     hidden = DTensor.from_local(hidden, mesh, [Replicate()]).requires_grad_()
     head = distribute_tensor(head, mesh, [Shard(0)]).requires_grad_()
     with Collectives() as collectives:
