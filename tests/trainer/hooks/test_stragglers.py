@@ -13,6 +13,7 @@ import torch
 from meshloom.parallel.compute_time import StepWork
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.layout import Layout
+from meshloom.trainer.hooks import stragglers
 from meshloom.trainer.hooks.stragglers import WINDOW, NameStragglers
 from meshloom.trainer.watch.incidents import read_incidents
 from support.ranks import run_ranks
@@ -95,24 +96,29 @@ def test_rows_have_the_slowest_rank(tmp_path: Path) -> None:
     assert watch(tmp_path, [own(0.3)] * 5)[4] == {"step_seconds": 1.0}
 
 
+TWO = "batch.micro=4"
+"""Samples a micro-batch where two ranks share all samples: two micro-batches a step, as where each rank has half of them."""
 EXPERTS = "model.experts={count: 4, top_k: 2, ffn_dim: 8}"
+SHORT = 10
+"""Steps over which a rank is judged in runs that are slow on purpose."""
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     **{f"ZeRO-{zero}": (2, [f"parallel.zero={zero}"]) for zero in range(4)},
-    "tensor parallelism": (2, ["parallel.tp=2"]),
-    "a ring": (2, ["parallel.cp=2"]),
-    "Ulysses": (2, ["parallel.cp=2", "parallel.cp_kind=ulysses"]),
-    "a pipeline": (2, ["parallel.pp=2"]),
+    "tensor parallelism": (2, [TWO, "parallel.tp=2"]),
+    "a ring": (2, [TWO, "parallel.cp=2"]),
+    "Ulysses": (2, [TWO, "parallel.cp=2", "parallel.cp_kind=ulysses"]),
+    "a pipeline": (2, [TWO, "parallel.pp=2"]),
     "expert parallelism": (2, ["parallel.ep=2", EXPERTS]),
     "tensor and data parallelism": (4, ["parallel.tp=2", "parallel.zero=3"]),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_rank_whose_forward_pass_is_slow_is_named(layout: str, tmp_path: Path) -> None:
+def test_a_rank_whose_forward_pass_is_slow_is_named(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others wait for it in their own passes: for gradients, weights, and what is exchanged inside of layers."""
     ranks, parallel = LAYOUTS[layout]
-    slow = "trainer.hooks=[{_target_: support.run_hooks.SlowLayer, rank: 1, seconds: 0.03}]"
-    words = [slow, f"trainer.steps={WINDOW + 4}", "trainer.eval_every=0", "checkpoint.every=0", f"output_dir={tmp_path}"]
+    monkeypatch.setattr(stragglers, "WINDOW", SHORT)
+    slow = "trainer.hooks=[{_target_: support.run_hooks.SlowLayer, rank: 1, seconds: 0.06}]"
+    words = [slow, f"trainer.steps={SHORT + 4}", "trainer.eval_every=0", "checkpoint.every=0", f"output_dir={tmp_path}"]
     assert run_ranks(ranks, body, ["trainer.tokens=null", *parallel, *words]) == [0] * ranks
     (incident,) = read_incidents(tmp_path)
     pids = {row["rank"]: row["pid"] for row in json.loads((tmp_path / "ranks.json").read_text())}
@@ -120,4 +126,4 @@ def test_a_rank_whose_forward_pass_is_slow_is_named(layout: str, tmp_path: Path)
     assert incident["details"]["own_seconds"] > 0.05 + incident["details"]["usual_seconds"] / 2
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     waits = [row["own_seconds_slowest"] - row["own_seconds"] for row in rows if "slowest_rank" in row]
-    assert len(waits) > 10 and sorted(waits)[len(waits) // 2] > 0.03
+    assert len(waits) >= SHORT and sorted(waits)[len(waits) // 2] > 0.03
