@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import socket
-import zlib
 from pathlib import Path
 
 
@@ -15,11 +14,6 @@ def host_name() -> str:
     except OSError:
         boot_id = ""
     return f"{socket.gethostname()} {boot_id}"
-
-
-def host_code() -> int:
-    """Return a number that is the same on all ranks of this host."""
-    return zlib.crc32(host_name().encode())
 
 
 def host_number() -> int:

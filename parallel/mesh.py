@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .compute_time import ComputeTime
 from .heartbeat import Heartbeat
-from .hosts import host_code
+from .hosts import host_number
 from .layout import EXPERT_AXES, ISLAND, Layout
 from .open_files import raise_file_limit
 
@@ -237,7 +237,7 @@ class Mesh:
     @cached_property
     def hosts(self) -> list[int]:
         """A number for the host of each process, by rank: the same for those of one host. At first a collective over all."""
-        return self.codes(host_code())
+        return self.codes(host_number())
 
     def hosts_along(self, axis: DeviceMesh) -> list[int]:
         """Return the numbers of the hosts along an axis, in order. At first a collective over all processes."""
