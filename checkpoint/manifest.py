@@ -185,7 +185,7 @@ class Manifest:
             f'"state": {_compact(self.state, sort_keys=False)},',  # the order of sources and stages has a meaning
             f'"suffix": {json.dumps(self.suffix)},',
             '"files": [',
-            ",\n".join(_compact(_row_of(file)) for file in self.files),
+            ",\n".join(map(_row_of, self.files)),
             "],",
             encode_arrays(self.arrays, self.tilings) if arrays_text is None else arrays_text,
         ]
@@ -235,9 +235,9 @@ class Manifest:
         )
 
 
-def _row_of(file: StoredFile) -> list[int | str]:
-    row: list[int | str] = [file.rank, file.bytes, file.header, file.digest]
-    return [*row, file.host, file.start] if file.is_segment else row
+def _row_of(file: StoredFile) -> str:
+    row = f'{file.rank},{file.bytes},{file.header},"{file.digest}"'  # by hand: json.dumps takes 25 times as long
+    return f"[{row},{file.host},{file.start}]" if file.is_segment else f"[{row}]"
 
 
 def _files_from_json(content: dict[str, Any]) -> list[StoredFile]:
