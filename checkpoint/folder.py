@@ -79,12 +79,16 @@ def check_lengths(files: Files, manifest: Manifest) -> None:
     """Check that every file is there with its length. Raises DamageError naming the file."""
     sizes = files.sizes()
     for file in manifest.files:
-        check_length(files, manifest, file, sizes)
+        _raise_first(length_faults(files, manifest, file, sizes))
 
 
 def check_length(files: Files, manifest: Manifest, file: StoredFile, sizes: Mapping[str, int | None]) -> None:
-    """Check the lengths of a data file and of its digests. Raises DamageError naming the file."""
-    fault = next(length_faults(files, manifest, file, sizes), None)
+    """Check the lengths that one rank's data and their digests need (`part_faults`). Raises DamageError naming the file."""
+    _raise_first(part_faults(files, manifest, file, sizes))
+
+
+def _raise_first(faults: Iterator[DamageError]) -> None:
+    fault = next(faults, None)
     if fault is not None:
         try:
             raise fault
@@ -100,6 +104,13 @@ def length_faults(files: Files, manifest: Manifest, file: StoredFile, sizes: Map
             yield DamageError(files.label(name), "the file is missing")
         elif size != expected:
             yield DamageError(files.label(name), f"the file has {size} bytes, not {expected}")
+
+
+def part_faults(files: Files, manifest: Manifest, file: StoredFile, sizes: Mapping[str, int | None]) -> Iterator[DamageError]:
+    """List as `length_faults` does, but for one rank alone: its segment needs the file of its host up to its digests' end."""
+    size = sizes.get(file.name)
+    if size is None or not file.is_segment or size < file.digests_start + manifest.leaves_bytes(file):
+        yield from length_faults(files, manifest, file, sizes)
 
 
 @dataclass(frozen=True)

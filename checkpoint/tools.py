@@ -12,7 +12,7 @@ from ..parallel.box import Box
 from .digest import DIGEST_BYTES, block_digests, leaf_digests, text_digest
 from .errors import CheckpointError, DamageError
 from .files import Files, open_files
-from .folder import is_step, length_faults, load_manifest, open_manifest, step_folders, steps_newest_first
+from .folder import is_step, length_faults, load_manifest, open_manifest, part_faults, step_folders, steps_newest_first
 from .reading.reader import Reader
 from .saving.commit import open_target
 from .takeover import SAVES
@@ -27,18 +27,22 @@ def verify(files: Files) -> Iterator[DamageError | int]:
         return
     sizes, reader = files.sizes(), Reader(files, manifest)
     told: set[str] = set()
-    for number in range(len(manifest.files)):
-        for found in itertools.chain(verify_file(reader, number, sizes), _faults_behind(reader, number, sizes)):
+    for number, file in enumerate(manifest.files):
+        lengths = length_faults(files, manifest, file, sizes)
+        for found in itertools.chain(lengths, verify_file(reader, number, sizes), _faults_behind(reader, number, sizes)):
             if str(found) not in told or isinstance(found, int):  # the length of a host's file is wrong for all its segments
                 yield found
             told.add(str(found))
 
 
 def verify_file(reader: Reader, number: int, sizes: Mapping[str, int | None]) -> Iterator[DamageError | int]:
-    """Read every byte of a data file. Yields as `verify` does. sizes: of the step's files"""
+    """Read every byte of a rank's data and their digests. Yields as `verify` does. sizes: of the step's files
+
+    A segment that is whole is good, though the file of its host be too short for others.
+    """
     files, manifest = reader.files, reader.manifest
     file = manifest.files[number]
-    faults = {fault.file: fault for fault in length_faults(files, manifest, file, sizes)}
+    faults = {fault.file: fault for fault in part_faults(files, manifest, file, sizes)}
     yield from faults.values()
     if files.label(file.name) in faults:
         return

@@ -49,7 +49,11 @@ class Checkpoint:
             self.files = [(f"rank-{rank:05d}{suffix}", 0, size) for rank, size, *_ in self.manifest["files"]]
         else:
             self.files = [(f"host-{host:05d}.segments", at, size) for _, size, _, _, host, at in self.manifest["files"]]
-        ends = {name: self._end(start, size) for name, start, size in self.files}  # of a host's segments the last one's counts
+        ends = {}  # of each file: of a host's segments the last one's counts
+        for name, start, size in self.files:
+            if start != ends.get(name, 0):
+                raise ValueError(f"{name}: its segment at byte {start} does not begin where the one before it ends")
+            ends[name] = self._end(start, size)
         for number, (name, _, _) in enumerate(self.files):
             if (self.folder / name).stat().st_size != ends[name]:
                 raise ValueError(f"{name}: wrong length")
@@ -80,7 +84,8 @@ class Checkpoint:
         header.pop("__metadata__", None)
         if self.manifest["version"] < 5:
             with safe_open(path, "np") as file:  # which checks the header, of whole files only
-                assert set(file.keys()) == set(header)
+                if set(file.keys()) != set(header):
+                    raise ValueError(f"{path.name}: its header can't be read")
         for name, entry in sorted(header.items(), key=lambda each: each[1]["data_offsets"]):
             key, _, at = name.rpartition("@")
             shape, offsets = entry["shape"], [int(each) for each in at.split(",") if each]

@@ -120,9 +120,16 @@ def _hosts_of(description: Description) -> dict[int, int]:
     ranks, hosts = description.hosts.tolist()
     if not ranks:
         return {}
-    silent = next((int(rank) for table in description.holdings for rank in np.setdiff1d(table.ranks, ranks)), None)
-    if silent is not None:
-        raise CheckpointError(f"checkpoint.files is host on rank {ranks[0]} and not on rank {silent}; start all with the same")
+    silent = np.setdiff1d(
+        np.concatenate([table.ranks for table in description.holdings] or [np.empty(0, np.int64)]), ranks
+    ).tolist()
+    if silent:  # the rank of the fewer is told of: it is likelier to be the one that differs
+        odd, what = (
+            (silent[0], f"not host, as on rank {ranks[0]}")
+            if len(silent) <= len(ranks)
+            else (ranks[0], f"host, not as on rank {silent[0]}")
+        )
+        raise CheckpointError(f"rank {odd}: checkpoint.files is {what}; start all with the same")
     first: dict[int, int] = {}
     return {rank: first.setdefault(host, rank) for rank, host in zip(ranks, hosts, strict=True)}
 

@@ -71,7 +71,7 @@ class Reader:
     def __post_init__(self) -> None:
         self._proved: dict[tuple[int, int], bytes] = {}
         self._blocks: dict[int, bytes] = {}
-        self._measured: set[str] = set()
+        self._measured: set[int] = set()
         self._locator = Locator(self.manifest, self.files.label(MANIFEST))
 
     def read(self, wanted: Iterable[tuple[StoredArray, Box]]) -> list[Raw]:
@@ -161,10 +161,10 @@ class Reader:
     def open(self, number: int) -> Generator[RangeReader]:
         """Open a rank's data for reading from its first byte on, after a look at the file's length."""
         file = self.manifest.files[number]
-        if file.has_digests and file.name not in self._measured:
+        if file.has_digests and number not in self._measured:
             sizes = {name: self.files.size(name) for name in {file.name, file.leaves}}
             check_length(self.files, self.manifest, file, sizes)
-            self._measured.add(file.name)
+            self._measured.add(number)
         with self.files.reader(file.name) as opened:
             yield _From(opened, file.start) if file.start else opened
 

@@ -8,35 +8,44 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError
 from ..planning.plan import FileLayout
-from ..stored_file import StoredFile, segment_starts
+from ..stored_file import StoredFile, host_file_name, segment_starts
+from ..writing.image import Written
 
-_ROW = struct.Struct("<IQIQ16s")
+_ROW, _SEGMENT = struct.Struct("<IQI16s"), struct.Struct("<IQI16sQ?")
 _ROWS, _FAILED = b"=", b"!"  # the first byte of a message: rows follow, or what went wrong
 
 
 @dataclass(frozen=True)
 class FileReport:
-    """One rank's file or segment: its length, that of its header, the byte at which it begins, its digest in hexadecimal."""
+    """One rank's file or segment: its length, that of its header, its digest in hexadecimal.
+
+    start    byte of the host's file from which a segment was written on
+    created  its writer has created that file
+    """
 
     rank: int
     bytes: int
     header: int
-    start: int
     digest: str
+    start: int = 0
+    created: bool = True
 
     @staticmethod
     def of(rank: int, layout: FileLayout, digest: str) -> bytes:
         """Encode the report on a file of this layout; a rank without a file has nothing to say."""
-        if not layout.bytes:
-            return _ROWS
-        start = 0 if layout.segment is None else layout.segment.start
-        return _ROWS + _ROW.pack(rank, layout.bytes, len(layout.header), start, bytes.fromhex(digest))
+        return _ROWS + _ROW.pack(rank, layout.bytes, len(layout.header), bytes.fromhex(digest)) if layout.bytes else _ROWS
+
+    @staticmethod
+    def of_segment(rank: int, layout: FileLayout, written: Written) -> bytes:
+        """Encode the report on a segment, with what its writer has told of the host's file."""
+        own = rank, layout.bytes, len(layout.header), bytes.fromhex(written.digest)
+        return _ROWS + _SEGMENT.pack(*own, written.start, written.created)
 
     @classmethod
-    def read_all(cls, message: bytes) -> list[FileReport]:
-        """Decode the reports of many ranks, in their order."""
-        rows = _ROW.iter_unpack(message[1:])
-        return [cls(rank, size, header, start, digest.hex()) for rank, size, header, start, digest in rows]
+    def read_all(cls, message: bytes, *, segments: bool = False) -> list[FileReport]:
+        """Decode the reports of many ranks, in their order. segments: they are reports on segments"""
+        rows = (_SEGMENT if segments else _ROW).iter_unpack(message[1:])
+        return [cls(rank, size, header, digest.hex(), *place) for rank, size, header, digest, *place in rows]
 
     def file(self, suffix: str) -> StoredFile:
         """The manifest's entry for a file of its own."""
@@ -47,16 +56,22 @@ def segments_of(reports: Sequence[FileReport], hosts: Mapping[int, int]) -> list
     """Make the manifest's entries for segments. hosts: of each rank the first one on its host
 
     Raises CheckpointError if one was not written where the one before it ends: each rank has found that out for itself.
+    Also where two ranks have created the same file: its name had gone in between, and with it what others had written.
     """
     of_host: dict[int, list[FileReport]] = {}
     for report in reports:
         of_host.setdefault(hosts[report.rank], []).append(report)
-    for own in of_host.values():
+    for host, own in of_host.items():
         for report, start in zip(own, segment_starts([each.bytes for each in own]), strict=True):
             if report.start != start:
-                raise CheckpointError(
-                    f"rank {report.rank} wrote at byte {report.start} of its host's file, not at byte {start}"
-                )
+                where = f"wrote at byte {report.start} of {host_file_name(host)}, not at byte {start}"
+                raise CheckpointError(f"rank {report.rank}: {where}")
+        creators = [report.rank for report in own if report.created]
+        if len(creators) > 1:
+            what = (
+                f"{host_file_name(host)} was gone, which rank {creators[0]} had created and written to: who deletes files here?"
+            )
+            raise CheckpointError(f"rank {creators[1]}: {what}")
     return [StoredFile.segment(r.rank, r.bytes, r.header, r.digest, hosts[r.rank], r.start) for r in reports]
 
 

@@ -308,7 +308,8 @@ class Save:
 
     def _commit_all(self, context: SaveContext, reports: bytes) -> bytes:
         """The coordinator's part, once all files are written."""
-        said, hosts, suffix = FileReport.read_all(reports), self._whole.hosts, context.target.suffix(self._token)
+        hosts, suffix = self._whole.hosts, context.target.suffix(self._token)
+        said = FileReport.read_all(reports, segments=bool(hosts))
         files = segments_of(said, hosts) if hosts else [report.file(suffix) for report in said]
         manifest = self._manifest(files, suffix)
         context.target.commit(manifest, manifest.encode(self._whole.text), self._token)
@@ -327,7 +328,10 @@ class Save:
                 raise CheckpointError(
                     f"rank {talk.control.rank} wrote {written.bytes} bytes, the plan has {layout.bytes} for it"
                 )
-            message = FileReport.of(talk.control.rank, layout, written.digest)
+            if layout.segment is None:
+                message = FileReport.of(talk.control.rank, layout, written.digest)
+            else:
+                message = FileReport.of_segment(talk.control.rank, layout, written)
         self.progress.reach(SavePhase.WRITTEN)  # before the wait: the next save may write while this one waits to commit
         self.turn.wait_to_commit()
         written_at = time.perf_counter()

@@ -6,6 +6,7 @@ No torch: the writer process uses it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -31,13 +32,19 @@ Ready = Callable[[int], None]
 
 @dataclass
 class Written:
-    """The result of writing one rank's file: its digest, and the seconds of each phase."""
+    """The result of writing one rank's data: their digest, and the seconds of each phase.
+
+    start    byte of the file from which they were written on
+    created  this writer has created the file
+    """
 
     bytes: int
     digest: str
     hashing: float
     writing: float
     direct: bool
+    start: int = 0
+    created: bool = True
 
 
 def write_image(image: memoryview, path: Path, leaves_path: Path, ready: Ready) -> Written:
@@ -75,13 +82,12 @@ def write_segment(image: memoryview, path: Path, start: int, ready: Ready) -> Wr
     began = time.perf_counter()
     try:
         with _PagedFile(path, shared=True) as file:
-            whole = len(image) // PAGE * PAGE
+            whole, stop = len(image) // PAGE * PAGE, segment_end(start, len(image))
+            file.allocate(start, stop - start)
             file.write(image[:whole], start, ready)
             hashing.join()
             digests, sealed = seal(hashing.leaves())
-            tail = mmap.mmap(
-                -1, segment_end(start, len(image)) - start - whole
-            )  # O_DIRECT asks for memory that begins on a page
+            tail = mmap.mmap(-1, stop - start - whole)  # O_DIRECT asks for memory that begins on a page
             tail.write(image[whole:])
             tail.write(digests)
             file.write(memoryview(tail), start + whole, lambda _: None)
@@ -89,7 +95,8 @@ def write_segment(image: memoryview, path: Path, start: int, ready: Ready) -> Wr
     finally:
         hashing.join()
     sync_folder(path.parent, "data.folder")
-    return Written(len(image), sealed, hashing.seconds, time.perf_counter() - began, file.direct)
+    seconds = time.perf_counter() - began
+    return Written(len(image), sealed, hashing.seconds, seconds, file.direct, start, file.created)
 
 
 class _Hashing:
@@ -135,20 +142,32 @@ class _Hashing:
 class _PagedFile:
     """An open file that is written by whole pages past the page cache, where the file system can do that.
 
-    shared  others may have created it, and write elsewhere in it
-    direct  the page cache is still not in use
+    shared   others may have created it, and write elsewhere in it
+    direct   the page cache is still not in use
+    created  it was not there before
     """
 
     def __init__(self, path: Path, *, shared: bool) -> None:
         reach("data.open.before")
         self._path = path
-        self._descriptor, self.direct = _open(path, shared)
+        self.created = not shared or _create(path)
+        self._descriptor, self.direct = _open(path, os.O_WRONLY if shared else os.O_WRONLY | os.O_CREAT | os.O_EXCL)
 
     def __enter__(self) -> _PagedFile:
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
+
+    def allocate(self, start: int, length: int) -> None:
+        """Ask for room at once, where the file system can give it: ranks that let one file grow wait for each other."""
+        allocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)  # os.posix_fallocate would write instead
+        offsets = ctypes.c_int64(start), ctypes.c_int64(length)
+        if allocate is None or allocate(self._descriptor, 0, *offsets) == 0:
+            return
+        error = ctypes.get_errno()
+        if error in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise OSError(error, os.strerror(error), str(self._path))
 
     def write(self, data: memoryview, start: int, ready: Ready) -> None:
         """Write all of `data` from byte `start` on, a page's first, as far as `ready` says that it is in place."""
@@ -183,8 +202,16 @@ class _PagedFile:
         reach("data.fsync.after")
 
 
-def _open(path: Path, shared: bool) -> tuple[int, bool]:
-    flags = os.O_WRONLY | os.O_CREAT | (0 if shared else os.O_EXCL)
+def _create(path: Path) -> bool:
+    """Create a file, unless it is there; return whether it was not. Of several writers one alone is told so."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _open(path: Path, flags: int) -> tuple[int, bool]:
     direct = getattr(os, "O_DIRECT", 0)
     if direct:
         try:
@@ -192,7 +219,7 @@ def _open(path: Path, shared: bool) -> tuple[int, bool]:
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
-            if not shared:
+            if flags & os.O_CREAT:
                 with contextlib.suppress(FileNotFoundError):
                     path.unlink()
     return os.open(path, flags, 0o644), False

@@ -10,16 +10,19 @@ import pytest
 import torch
 import xxhash
 
+from meshloom.checkpoint import faults
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError, DamageError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import find_latest, load_manifest
-from meshloom.checkpoint.report import SaveReport
+from meshloom.checkpoint.rebuild import lost_files
+from meshloom.checkpoint.report import SaveReport, culprit_of
 from meshloom.checkpoint.restore import restore
 from meshloom.checkpoint.saving.file_report import FileReport, segments_of
 from meshloom.checkpoint.tools import summary, verify
+from meshloom.checkpoint.writing.writer import Request, Writer
 from meshloom.config.problems import ConfigError
 from meshloom.parallel import hosts
 from meshloom.parallel.box import Box
@@ -166,18 +169,34 @@ def test_what_lies_behind_a_segment_is_verified_too(step: Path) -> None:
     assert holds([blank], ARRAYS)
 
 
-@pytest.mark.parametrize("change", [-1, -4096, 4096, None])
-def test_a_hosts_file_of_another_length_is_refused_once(step: Path, change: int | None) -> None:
+@pytest.mark.parametrize("change", [-4096, None])
+def test_a_hosts_file_that_is_cut_off_is_refused_once(step: Path, change: int | None) -> None:
     file = step / "host-00002.segments"
     if change is None:
         file.unlink()
     else:
-        file.write_bytes(file.read_bytes().ljust(file.stat().st_size + change, b"\0")[: file.stat().st_size + change])
+        file.write_bytes(file.read_bytes()[:change])
     (blank,) = fragments(ARRAYS, 1, 3, blank=True)
     with pytest.raises(DamageError, match=r"host-00002\.segments: the file (has|is)"):
         restore(step, blank, Control.alone())
     assert find_latest(step.parent) is None
     assert [fault.file for fault in verify(open_files(step)) if isinstance(fault, DamageError)] == [str(file)]
+
+
+@pytest.mark.parametrize(("change", "lost"), [(-1, []), (1, []), (4096, []), (-4096, [3]), (None, [2, 3])])
+def test_only_ranks_whose_segments_are_not_whole_are_lost(step: Path, change: int | None, lost: list[int]) -> None:
+    file, manifest = step / "host-00002.segments", load_manifest(open_files(step))
+    if change is None:
+        file.unlink()
+    else:
+        file.write_bytes((file.read_bytes() + b"\0" * 4096)[: file.stat().st_size + change])
+    assert [manifest.files[number].rank for number in lost_files(open_files(step), manifest, 0, 1)] == lost
+    assert [fault.file for fault in verify(open_files(step)) if isinstance(fault, DamageError)] == [str(file)]
+    assert find_latest(step.parent) is None
+    if not lost:
+        (blank,) = fragments(ARRAYS, 1, 3, blank=True)
+        restore(step, blank, Control.alone())  # every byte that it needs is there, and proved
+        assert holds([blank], ARRAYS)
 
 
 def test_a_manifest_whose_segments_do_not_follow_each_other_is_refused(step: Path) -> None:
@@ -190,22 +209,56 @@ def test_a_manifest_whose_segments_do_not_follow_each_other_is_refused(step: Pat
     (blank,) = fragments(ARRAYS, 1, 3, blank=True)
     with pytest.raises(DamageError, match="segment of rank 1, does not begin where"):
         restore(step, blank, Control.alone())
+    with pytest.raises(ValueError, match=r"host-00000\.segments: its segment at byte \d+ does not begin where"):
+        load_second_reader().Checkpoint(step)
 
 
 def test_a_rank_that_wrote_elsewhere_than_planned_fails_the_save() -> None:
-    reports = [FileReport(rank, 5000, 4096, start, "00" * 16) for rank, start in ((0, 0), (1, 8192), (2, 0))]
+    reports = [FileReport(rank, 5000, 4096, "00" * 16, start, rank != 1) for rank, start in ((0, 0), (1, 8192), (2, 0))]
     first = {0: 0, 1: 0, 2: 2}
     assert [(file.name, file.start) for file in segments_of(reports, first)] == [
         ("host-00000.segments", 0), ("host-00000.segments", 8192), ("host-00002.segments", 0),
     ]  # fmt: skip
-    with pytest.raises(CheckpointError, match="rank 2 wrote at byte 0 of its host's file, not at byte 16384"):
+    with pytest.raises(CheckpointError, match=r"rank 2: wrote at byte 0 of host-00000\.segments, not at byte 16384") as caught:
         segments_of(reports, {0: 0, 1: 0, 2: 0})
+    assert {culprit_of(str(caught.value), rank) for rank in range(3)} == {2}
+
+
+def test_a_hosts_file_whose_name_goes_while_it_is_written_fails_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, begin = threading.Event(), Writer.begin
+
+    def begin_late(writer: Writer, request: Request) -> None:
+        if request.start:  # the second rank of its host
+            assert gone.wait(20)
+        begin(writer, request)
+
+    def delete(boundary: str, amount: int) -> int:
+        if boundary == "report.before" and not gone.is_set():  # the first rank of a host has written
+            (found,) = tmp_path.glob("step-*.tmp-*/host-00000.segments")
+            for path in found.parent.iterdir():
+                path.unlink()
+            gone.set()
+        return amount
+
+    monkeypatch.setattr(Writer, "begin", begin_late)
+    monkeypatch.setattr(hosts, "host_name", lambda: "one host")
+    faults.install(delete)
+    try:
+        reports = save(tmp_path, "host")
+    finally:
+        faults.install(None)
+    assert {report.outcome for report in reports} == {"failed"}
+    assert all("host-00000.segments was gone, which rank 0 had created" in report.reason for report in reports)
+    assert not list(tmp_path.glob("step-*"))
 
 
 def test_ranks_with_different_settings_fail_the_save(tmp_path: Path) -> None:
     reports = save(tmp_path, "host,host,rank,host,host")
     assert {report.outcome for report in reports} == {"failed"}
-    assert all("checkpoint.files is host on rank 0 and not on rank 2" in report.reason for report in reports)
+    assert all("rank 2: checkpoint.files is not host, as on rank 0" in report.reason for report in reports)
+    assert {report.culprit for report in reports} == {2}
     assert not list(tmp_path.glob("step-*"))
 
 
