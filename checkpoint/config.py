@@ -55,8 +55,8 @@ class CheckpointConfig:
     )
     lost_layers: str = key(
         "refuse",
-        "where files of the step that resume names are lost or damaged: refuse; neighbours: make the layers in them of those"
-        " beside them (CheckFree), which changes the losses",
+        "where files of the step that resume names are missing: refuse; neighbours: make layers that are wholly in them of"
+        " those beside them (CheckFree), which changes the losses",
         Side.PLACEMENT,  # typed for one start, as strict is
     )
     failures: int = key(3, "failed saves in a row after which the run stops")

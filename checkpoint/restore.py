@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import time
@@ -28,7 +29,7 @@ from .manifest import Manifest, StoredArray
 from .memory.tier import Recovery, find_recovery, manifest_of, open_recovery
 from .reading.reader import Raw, Reader
 from .reading.shared_reader import SharedReader
-from .rebuild import NOTHING_LOST, RebuildPlan, RebuiltLayers, agree_on_rebuilding
+from .rebuild import NOTHING_LOST, KindOf, RebuildPlan, RebuiltLayers, agree_on_rebuilding
 
 T = TypeVar("T")
 
@@ -92,7 +93,7 @@ def restore(
     control: Control,
     *,
     strict: bool = True,
-    rebuild: bool = False,
+    rebuild: KindOf | None = None,
     timeout: float = 600.0,
     group: ProcessGroup | None = None,
 ) -> RestoreReport:
@@ -109,7 +110,8 @@ def restore(
 
     strict: refuse if a fragment has no stored array of its shape, or if a stored array is wanted by no rank. Otherwise
     what fits is restored and the rest is reported. Element types may always differ; the values are converted.
-    rebuild: where a step is given and files of it are lost, make the layers in them of those beside them (`rebuild.py`).
+    rebuild: where a step is given and files of it are missing, make the layers in them of those of their kind beside them
+    (`rebuild.py`). None: they are refused.
     group: a process group of the same ranks, with a CPU backend, that nothing else uses meanwhile. With it each byte that
     several ranks need is read by one of them and passed on.
 
@@ -120,7 +122,7 @@ def restore(
     talk = control.begin("restore", timeout)
     try:
         choose = fragments if callable(fragments) else _always(fragments)
-        report = _restore(location, choose, talk, _Ways(strict, rebuild and _is_own_step(location)), group)
+        report = _restore(location, choose, talk, _Ways(strict, rebuild if _is_own_step(location) else None), group)
     finally:
         talk.leave()
     report.seconds = time.perf_counter() - began
@@ -134,10 +136,10 @@ def _always(fragments: Iterable[Fragment]) -> Chooser:
 
 @dataclass(frozen=True)
 class _Ways:
-    """How strictly steps are restored, and whether what a step has lost is rebuilt: see `restore`."""
+    """How strictly steps are restored, and of which kinds layers are, where those that are lost are rebuilt: see `restore`."""
 
     strict: bool
-    rebuild: bool
+    rebuild: KindOf | None
 
 
 def _restore(location: str | Path, choose: Chooser, talk: Round, ways: _Ways, group: ProcessGroup | None) -> RestoreReport:
@@ -145,8 +147,9 @@ def _restore(location: str | Path, choose: Chooser, talk: Round, ways: _Ways, gr
     for candidate in _candidates(location, talk):
         match, verdict = _try(candidate, location, choose, talk, ways, group)
         lost: list[str] = []
-        if "damaged" in verdict and ways.rebuild:
-            plan, lost = agree_on_rebuilding(lambda candidate=candidate: _open(candidate, location, talk, group), talk)
+        if "damaged" in verdict and ways.rebuild is not None:
+            open_step = functools.partial(_open, candidate, location, talk, group)
+            plan, lost = agree_on_rebuilding(open_step, functools.partial(_roles_of, choose), ways.rebuild, talk)
             match, verdict = _try(candidate, location, choose, talk, ways, group, plan)
         if "refused" in verdict:
             raise CheckpointError(verdict["refused"])
@@ -366,6 +369,11 @@ def _match(step: _Opened, chosen: Wanted, strict: bool, plan: RebuildPlan) -> _M
     if strict:
         _refuse_misfits(files, manifest, fragments, report)
     return _Match(step, plan, report, chosen.allow_unused, wanted)
+
+
+def _roles_of(choose: Chooser, manifest: Manifest) -> set[str]:
+    """Return the roles of the arrays of a step that this rank wants."""
+    return {fragment.role for fragment in choose(manifest).fragments}
 
 
 def _read(match: _Match, group: ProcessGroup | None) -> dict[str, Any]:

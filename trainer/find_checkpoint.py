@@ -123,6 +123,14 @@ def is_inside(checkpoint: Path | str, folder: str) -> bool:
     return inner.is_relative_to(outer)
 
 
+def is_named(checkpoint: Path | str, resume: str) -> bool:
+    """Return whether a checkpoint is the folder that `resume` names, and not one that was found in it or beside it."""
+    if is_remote(str(checkpoint)) or is_remote(resume):
+        return str(checkpoint).rstrip("/") == resume.rstrip("/")
+    one, other = (Path(str(place).removeprefix("file://")).expanduser().resolve() for place in (checkpoint, resume))
+    return one == other
+
+
 def is_import(state: Mapping[str, Any]) -> bool:
     """Return whether a checkpoint was made by `meshloom checkpoint import`, and so has no progress to resume."""
     return "progress" not in state

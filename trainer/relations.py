@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.files import HUGGING_FACE, open_files
+from ..checkpoint.folder import step_of
 from ..config.nodes import Custom
 from ..config.problems import ConfigError, Problem
 from ..data.build import build_node
@@ -100,13 +101,19 @@ def _survival(config: RunConfig, _: Start) -> Iterator[Problem]:
 
 
 def _lost_layers(config: RunConfig, _: Start) -> Iterator[Problem]:
-    """Yield a problem of a wish to rebuild layers of a step that nobody has named."""
-    resume = config.resume
-    if config.checkpoint.lost_layers != "refuse" and (
-        resume in ("none", "auto") or resume.startswith((AUTO_FROM, HUGGING_FACE))
-    ):
-        message = f"with resume={resume} the run goes on from a step that has lost nothing"
-        yield Problem("checkpoint.lost_layers", message, "name the step: resume=<its step-… folder>; or use refuse")
+    """Yield problems of a wish to rebuild layers of a step that nobody has named, or of a model whose layers can't be."""
+    key, resume = "checkpoint.lost_layers", config.resume
+    if config.checkpoint.lost_layers == "refuse":
+        return
+    if resume.startswith((AUTO_FROM, HUGGING_FACE)) or step_of(resume.rstrip("/").rpartition("/")[2]) is None:
+        message = f"resume={resume} names no step whose lost layers could be rebuilt"
+        yield Problem(key, message, "name the step: resume=<its step-… folder>; or use refuse")
+    shape = config.model.decoder()
+    if shape is None:
+        yield Problem(key, "the kinds of this model's layers are not known", "use refuse, and resume from a whole step")
+    elif shape.mixture_layers():
+        message = "experts of different layers are not alike in their order, so a mixture's layers can't be averaged"
+        yield Problem(key, message, "use refuse, and resume from a whole step")
 
 
 def _decoder(config: RunConfig, start: Start) -> Iterable[Problem]:
@@ -324,7 +331,7 @@ RELATIONS = (
     Relation(("optim.local.islands", "optim.name", "parallel", "model", "batch", "trainer", "stages"), _local),
     Relation(("trainer.on_bad_step", "checkpoint.every", "checkpoint.memory_every"), _rewinds),
     Relation(("launch.nodes", "checkpoint.every", "checkpoint.memory_every"), _survival),
-    Relation(("checkpoint.lost_layers", "resume"), _lost_layers),
+    Relation(("checkpoint.lost_layers", "resume", "model"), _lost_layers),
     Relation(("parallel", "optim.local.islands", "model", "data.seq_len", "trainer.activation", "trainer.compile"), _decoder),
     Relation(("model", "balance", "parallel", "trainer", "batch.micro", "data.seq_len"), _experts),
     Relation(("parallel", "precision"), _engine),

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..checkpoint.manifest import Manifest
+from ..checkpoint.rebuild import KindOf
 from ..checkpoint.restore import Chooser, RestoreReport, Wanted, read_state, restore
 from ..config.nodes import find_option
 from ..config.problems import ConfigError, Problem
@@ -23,7 +24,7 @@ from .all_ranks import from_main
 from .build import Run, build_control
 from .checkpoint_fit import optimizer_change
 from .derived import checkpoint_folder
-from .find_checkpoint import is_import, is_inside, saved_progress
+from .find_checkpoint import is_import, is_inside, is_named, saved_progress
 from .guard.journal import read_journal
 from .hooks.base import hooks_by_name
 from .hooks.rebuilt_history import RebuiltHistory
@@ -50,7 +51,7 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
         return Origin(report.run, report.step, report.commit, own=False)
     _same_rules(stated, run.data, checkpoint)
     restore_journal(loop, checkpoint, stated)
-    change, rebuild = optimizer_change(stated, config), config.checkpoint.lost_layers == "neighbours"
+    change, rebuild = optimizer_change(stated, config), _kinds_to_rebuild(checkpoint, config)
     if change is not None:
         report = restore_weights(loop.engine, loop.mesh, checkpoint, run.place, rebuild=rebuild)
         if loop.mesh.is_main:
@@ -81,6 +82,17 @@ def restore_run(run: Run, checkpoint: Path | str, config: RunConfig) -> Origin:
             hook.load_state_dict(state["hooks"].get(name, {}))
     _note_rebuilt(loop, report)
     return Origin(report.run, report.step, report.commit, own)
+
+
+def _kinds_to_rebuild(checkpoint: Path | str, config: RunConfig) -> KindOf | None:
+    """Return the kinds of the model's layers, where those that a step has lost are to be rebuilt.
+
+    Only of the step that the user has named: a run that goes back to another one by itself rebuilds nothing.
+    """
+    shape = config.model.decoder()
+    if config.checkpoint.lost_layers != "neighbours" or shape is None or not is_named(checkpoint, config.resume):
+        return None
+    return shape.layer_type
 
 
 def _chooser(loop: Loop, *, elastic: bool) -> Chooser:
@@ -187,7 +199,7 @@ def _restore(
     place: Place | None,
     *,
     strict: bool,
-    rebuild: bool = False,
+    rebuild: KindOf | None = None,
 ) -> RestoreReport:
     """Restore on all ranks. Each byte is read by one rank, which sends it to others through a temporary process group.
 
@@ -216,11 +228,11 @@ def _restore(
 
 
 def restore_weights(
-    engine: Engine, mesh: Mesh, checkpoint: Path | str, place: Place | None = None, *, rebuild: bool = False
+    engine: Engine, mesh: Mesh, checkpoint: Path | str, place: Place | None = None, *, rebuild: KindOf | None = None
 ) -> RestoreReport:
     """Load a checkpoint's weights, with their remainders, on every rank: the optimizer's state stays fresh.
 
-    rebuild: whether layers that are lost are made of those beside them (`restore`)
+    rebuild: kinds of the layers, where those that are lost are made of those beside them (`restore`)
 
     Raises ConfigError on all ranks if some don't fit.
     """

@@ -11,6 +11,7 @@ import pytest
 from meshloom.checkpoint.rebuild import RebuiltLayers
 from meshloom.checkpoint.restore import read_state
 from meshloom.config.problems import ConfigError
+from meshloom.trainer.find_checkpoint import is_named
 from meshloom.trainer.hooks.rebuilt_history import RebuiltHistory
 from meshloom.trainer.loop import Loop
 from meshloom.trainer.watch.incidents import read_incidents
@@ -66,8 +67,46 @@ def test_a_later_start_says_that_layers_were_rebuilt(caplog: pytest.LogCaptureFi
     assert "rebuilt from their neighbours at step 3: losses depend on it" in caplog.text
 
 
-@pytest.mark.parametrize("resume", ["none", "auto"])
-def test_a_step_to_rebuild_must_be_named(tmp_path: Path, resume: str) -> None:
-    words = [f"output_dir={tmp_path}", "checkpoint.lost_layers=neighbours", f"resume={resume}"]
+@pytest.mark.parametrize("resume", ["none", "auto", "another name"])
+def test_a_step_to_rebuild_must_be_named(tmp_path: Path, broken: Path, resume: str) -> None:
+    if resume == "another name":
+        (tmp_path / "kept").symlink_to(broken)
+        resume = str(tmp_path / "kept")
+    words = [f"output_dir={tmp_path}", *AGAIN, f"resume={resume}"]
     with pytest.raises(ConfigError, match=r"checkpoint.lost_layers.*name the step"):
-        resolve_words(TINY, words, 1).refuse()
+        resolve_words(TINY, [*WORDS, *words], 1).refuse()
+
+
+def test_a_mixture_is_refused(tmp_path: Path) -> None:
+    words = [f"output_dir={tmp_path}", *AGAIN, "model.experts.count=4", "model.experts.top_k=2", "resume=none"]
+    with pytest.raises(ConfigError, match=r"checkpoint.lost_layers: experts of different layers"):
+        resolve_words(TINY, [*WORDS, *words], 1).refuse()
+
+
+def test_only_the_named_step_is_rebuilt(tmp_path: Path) -> None:
+    """A run that goes back by itself is handed its folder of checkpoints, or another step of it."""
+    step = tmp_path / "step-00000003"
+    assert is_named(step, str(step)) and is_named(str(step), f"{tmp_path}/../{tmp_path.name}/step-00000003/")
+    assert not is_named(tmp_path, str(step)) and not is_named(tmp_path / "step-00000002", str(step))
+    assert is_named("s3://a/step-00000003", "s3://a/step-00000003/") and not is_named("s3://a", "s3://a/step-00000003")
+
+
+def test_layers_are_rebuilt_from_those_of_their_kind(tmp_path: Path) -> None:
+    """Every other layer slides, so the layers beside a lost one are of the other kind: refused, and by name."""
+    words = ["model.layer_types=[sliding,full]", "model.sliding_window=4"]
+    assert go(3, tmp_path / "a", "parallel.pp=3", "trainer.steps=3", *words) == [0] * 3
+    step = tmp_path / "a/checkpoints/step-00000003"
+    (step / "rank-00001.safetensors").unlink()
+    with pytest.raises(BaseException, match=r"layers.1 has no layer of its kind \(full\) before it"):
+        go(1, tmp_path / "b", *AGAIN, *words, f"resume={step}")
+
+
+def test_another_optimizer_begins_anew_beside_rebuilt_weights(tmp_path: Path) -> None:
+    """State of the old one is of a kind that is not rebuilt: with that optimizer it is refused, with another one left out."""
+    assert go(3, tmp_path / "a", "parallel.pp=3", "trainer.steps=3", "optim=ademamix") == [0] * 3
+    step = tmp_path / "a/checkpoints/step-00000003"
+    (step / "rank-00001.safetensors").unlink()
+    with pytest.raises(BaseException, match="is state of a kind that is not rebuilt"):
+        go(1, tmp_path / "b", *AGAIN, "optim=ademamix", f"resume={step}")
+    assert go(1, tmp_path / "c", *AGAIN, "optim=adamw", "checkpoint.strict=false", f"resume={step}") == [0]
+    assert list(losses(tmp_path / "c")) == [4, 5]
