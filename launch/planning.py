@@ -40,6 +40,7 @@ from ..trainer.derived import build_horizon
 from ..trainer.hybrid import hidden_copies, hybrid_dealer
 from ..trainer.launching import planned_processes
 from ..trainer.machine_gpus import planned_machine
+from ..trainer.measured_steps import ranks_share_workers
 from ..trainer.resolve import ResolvedRun, ResolveOptions, resolve
 from ..trainer.schema import RunConfig
 from ..trainer.validate import checked_config
@@ -164,6 +165,8 @@ def plan_of(
     if config.batch.name != "fixed":
         notes.append(f"the batch size changes during the run; these are the figures of its start, {samples} samples")
     assigner = assigner_of(config, layout, islands)
+    if ranks_share_workers(config):
+        notes.append(f"what steps take in which batch={config.batch.name} measures gradients is not in these figures")
     controller = build_controller(config.batch, build_horizon(config, config.data.seq_len))
     blanks = blank_notice(assigner, controller, Progress())
     if blanks is not None and parallel.hdp == "none":

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from zlib import crc32
 
 import torch
 from torch import nn
@@ -101,6 +102,7 @@ class GradientNoise(GradientObserver):
         self._watched: set[nn.Parameter] = set()
         self.measure = Measure.NOTHING
         self._sums: torch.Tensor | None = None
+        self._order: list[int] | None = []  # of the weights whose sums were started in the first measured step; None: checked
         self._arriving: tuple[int, _Turn, Callable[[], torch.Tensor]] | None = None  # of the weight of an index, a piece
 
     def _copies_over_tp(self, parameter: nn.Parameter) -> int:
@@ -129,6 +131,8 @@ class GradientNoise(GradientObserver):
             if self._sharers.count == 1:
                 self._add(index, turn, mine, accum_dtype)
             else:  # the last weight's sum arrived while this gradient was computed, unless a rank is slow
+                if self._order is not None:
+                    self._order.append(index)
                 with self._mesh.compute_time.waiting():
                     self._finish_sum()
                 self._arriving = index, turn, self._sharers.start_sum(mine, accum_dtype, nothing=turn.blank)
@@ -226,12 +230,36 @@ class GradientNoise(GradientObserver):
     def _worker_squares(self) -> torch.Tensor:
         """Compute this rank's part of Σ_j ‖L_j‖² / w_j over all ranks' micro-batches, to be summed over all processes."""
         self._finish_sum()
+        self._compare_order()
         assert all(before is None for before in self._rows_before), "a worker is not complete"
         unseen = "a weight's gradient went unseen; was the engine built with `measures`?"
         assert all(len(norms) == len(self._shares_K) for norms in self._norms), unseen
         stacked = torch.stack([norm for norms in self._norms for norm in norms])  # one stack per weight would be a kernel each
         norms_PK = stacked.view(len(self._norms), -1).double() / self._scale
         return (norms_PK.square() * self._per_copy.unsqueeze(1) / self._shares_K).sum()
+
+    def _compare_order(self) -> None:
+        """In the first measured step compare the order of sums over the ranks that share workers. All ranks must call it.
+
+        Sums are matched by their order alone. Autograd's follows from the graph; a pipeline schedule that computes weights'
+        gradients apart (torch's `stage_backward_weight`) keeps the weights' own order, but collects them in sets.
+        Raises RuntimeError on all ranks.
+        """
+        order, self._order = self._order, None
+        if order is None:
+            return
+        at = self._mesh.coordinates
+        where = (at["pp"], at["tp"], self._mesh.data_rank if self._dealt is None else self._sharers.first)
+        ranks: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        for rank, (key, checksum) in enumerate(self._mesh.gather_objects((where, crc32(repr(order).encode())))):
+            ranks.setdefault(key, []).append((rank, checksum))
+        for first, *others in ranks.values():
+            for rank, checksum in others:
+                if checksum != first[1]:
+                    raise RuntimeError(
+                        f"batch: ranks {first[0]} and {rank} compute the gradients of weights in different orders, so that"
+                        " their sums would be of different weights; use batch=fixed, or another parallel.schedule"
+                    )
 
     def projection_square(self, whole_gradients: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:
         """Compute Σ_j ⟨L_j, g⟩² / w_j over the whole global batch.

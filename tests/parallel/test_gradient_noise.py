@@ -13,7 +13,7 @@ from meshloom.data.batch import GlobalBatch, MicroBatch
 from meshloom.models.init import fill
 from meshloom.optim.batch.statistics import GradientStatistics
 from meshloom.parallel.config import ParallelConfig
-from meshloom.parallel.gradient_noise import Measure
+from meshloom.parallel.gradient_noise import GradientNoise, Measure
 from meshloom.parallel.hybrid.cost import CostModel
 from meshloom.parallel.hybrid.share import BatchDocuments, HybridAssigner
 from meshloom.parallel.layout import Layout
@@ -148,6 +148,27 @@ def test_ranks_that_share_a_worker_keep_a_piece_of_its_gradient_each() -> None:
     found = run_ranks(2, numbers_kept, work)
     workers = WORK.samples // WORK.micro
     assert sum(kept for kept, _ in found) == workers * found[0][1]
+
+
+def in_another_order(rank: int, world_size: int, work: Work) -> str:
+    """The message of a measured step in which one rank computes two gradients of one shape in another order."""
+    watch = GradientNoise.watch
+    swapped = [f"layers.0.attention.{name}.weight" for name in ("wq", "wo")]
+
+    def watch_other(noise: GradientNoise, name: str, weight: torch.nn.Parameter) -> None:
+        watch(noise, swapped[1 - swapped.index(name)] if name in swapped else name, weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 3:
+            patch.setattr(GradientNoise, "watch", watch_other)
+        with pytest.raises(RuntimeError) as caught:
+            measured(rank, world_size, work, Measure.SQUARES)
+    return str(caught.value)
+
+
+def test_ranks_whose_sums_would_be_of_different_weights_are_named() -> None:
+    for said in run_ranks(4, in_another_order, replace(WORK, parallel=ParallelConfig(cp=2, zero=0))):
+        assert "ranks 2 and 3 compute the gradients of weights in different orders" in said
 
 
 UNEVEN = [

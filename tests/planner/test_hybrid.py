@@ -177,3 +177,10 @@ def test_documents_ask_for_what_they_need(capsys: pytest.CaptureFixture[str]) ->
 def test_a_search_of_layouts_says_that_it_deals_no_documents(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *WORDS, "cluster=h100x4", "--best=1"]) == 0
     assert "planned for whole samples" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_plan_says_that_measured_steps_are_not_in_it() -> None:
+    for words, said in (([], False), (["batch=norm_test", "batch.max=64"], True)):
+        run = resolve_plan([*WORDS, *words])
+        notes = " ".join(plan_of(run.config, run.notices).notes)
+        assert ("measures gradients is not in these figures" in notes) == ("dealt worker by worker" in notes) == said

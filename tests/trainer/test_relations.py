@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from meshloom.config.problems import ConfigError, Problem
+from meshloom.trainer.measured_steps import measuring_notices
 from meshloom.trainer.relations import RELATIONS, Start, collect_problems
 from meshloom.trainer.schema import group_keys, groups
 from support.configs import config_of, problems_of
@@ -93,3 +94,27 @@ def test_what_can_not_be_built_is_a_problem_of_its_group() -> None:
     assert (absent.key, absent.message) == ("data", "a.txt: No such file")
     (unbuilt,) = fails(TypeError("no argument b"))
     assert "no argument b" in unbuilt.message and "data._target_" in unbuilt.fix
+
+
+HYBRID = [*MEASURED, "parallel.hdp=greedy", "data.document_mask=true", "data.seq_len=1024"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["parallel.cp=2"], ["since batch.ema=0.9 smooths: they send a gradient more", "batch.interval=4 is measured"]),
+        (["parallel.cp=2", "batch.ema=0"], ["one step in batch.interval=4: they send"]),
+        ([*HYBRID, "batch.ema=0", "batch.interval=1"], ["every step: they are dealt worker by worker", "batch.interval=4"]),
+        ([*HYBRID, "parallel.pp=2", "parallel.hdp_tokens=8192"], ["worker by worker", "use parallel.hdp_tokens=2048"]),
+        ([*HYBRID, "parallel.pp=2", "parallel.hdp_tokens=2048"], ["worker by worker"]),
+    ],
+)
+def test_the_start_says_which_steps_measuring_slows(words: list[str], said: list[str]) -> None:
+    notices = " ".join(measuring_notices(config_of(*MEASURED, *words)))
+    assert all(part in notices for part in said)
+    assert ("use parallel.hdp_tokens" in notices) == any("8192" in word for word in words)
+
+
+@pytest.mark.parametrize("words", [MEASURED, ["parallel.cp=2"], ["parallel.cp=2", "batch=critical_loss"]])
+def test_no_notice_where_no_rank_shares_what_is_measured(words: list[str]) -> None:
+    assert measuring_notices(config_of(*words)) == []

@@ -94,5 +94,5 @@ def test_a_worker_takes_one_row_where_another_planner_takes_many() -> None:
 
 @pytest.mark.parametrize(("linear", "several"), [(1e-4, True), (100.0, False)])
 def test_more_rows_are_taken_where_they_save_more_than_they_send(linear: float, several: bool) -> None:
-    """Squares of 6 and 5: shared in a row each they take 30.5, and one on each rank 36, in one row."""
+    """Squares of 6 and 5: shared in a row each they take 30.5, and in one row 43."""
     assert (deal_worker([6, 5], 2, 62, CostModel(1.0, linear)).passes > 1) == several
