@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from .errors import CheckpointError, HeldError
-from .fence import follows, name_of_process
+from .fence import follows, name_of_process, precedes
 from .files import RemoteFiles
 from .lock import LOCK
 
@@ -61,15 +61,12 @@ class Lease:
         if not record or self._is_late(record):  # not record: somebody has tidied up
             self._write()
         elif record.get("token") != self._token:
-            raise HeldError(
-                f"{self._files.label()}: {_holder(record)} has taken this folder over from this run, which was cut off from it "
-                "or taken to be gone; stop one of them, or give it a folder of its own"
-            )
+            raise HeldError(self._overtaken(record))
 
     def release(self) -> None:
         """Let another run have the folder. May be called twice.
 
-        If the run before may only be cut off or frozen, a record stays and says that this one is over. Otherwise that run, once
+        If a run before may only be cut off or frozen, a record stays and says that this one is over. Otherwise that run, once
         it is back, would find nothing, and take its own record to have been tidied away.
         """
         if self._over.is_set():
@@ -90,7 +87,8 @@ class Lease:
         while (first := self._read()) or not self._write(anew=True):
             if first:
                 self._watch(first)
-                self._overtook = not _has_died(first)
+                # One before that, too, may come back: then this run's record is all that tells it.
+                self._overtook = first.get("overtook") is True or _is_over(first) or not _has_died(first)
                 self._write()  # nobody renews it, or it is gone already
                 break
         time.sleep(min(WATCH_SECONDS, LEASE_SECONDS))  # whoever read the same as this run has written, too, by now
@@ -102,10 +100,14 @@ class Lease:
 
     def _is_late(self, record: dict[str, Any]) -> bool:
         """Return whether an earlier start of the same launch, which may have hung, has written this over the own record."""
-        return record.get("token") != self._token and follows(_holder(record))
+        late = record.get("token") != self._token and follows(_holder(record))
+        self._overtook |= late
+        return late
 
     def _watch(self, first: dict[str, Any]) -> None:
-        """Return when whoever left this record is known to be gone. Raises HeldError if it is not."""
+        """Return when whoever left this record is known to be gone. Raises HeldError if it is not, or is a later start."""
+        if precedes(_holder(first)):  # which has taken the run's place, even if it is over
+            raise HeldError(self._overtaken(first))
         if first.get("token") in _held:
             raise HeldError(self._refusal(first))
         if _is_over(first) or _has_died(first):
@@ -123,6 +125,12 @@ class Lease:
                 return
             if now != first:
                 raise HeldError(self._refusal(now))
+
+    def _overtaken(self, record: dict[str, Any]) -> str:
+        return (
+            f"{self._files.label()}: {_holder(record)} has taken this folder over from this run, which was cut off from it "
+            "or taken to be gone; stop one of them, or give it a folder of its own"
+        )
 
     def _refusal(self, record: dict[str, Any]) -> str:
         problem = f"{self._files.label()}: another run is saving into this folder ({_holder(record)})"
@@ -160,6 +168,7 @@ class Lease:
             "process": os.getpid(),
             "token": self._token,
             "beat": self._beats,
+            **({"overtook": True} if self._overtook else {}),
             **({"over": True} if over else {}),
         }
         self._beats += 1

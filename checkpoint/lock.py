@@ -59,7 +59,7 @@ class FolderLock:
             os.close(self._file)
             self._file = file
             return
-        raise HeldError(f"{self._folder}: {holder} has taken this folder over from this process, without which the run goes on")
+        raise HeldError(self._overtaken(holder))
 
     def release(self) -> None:
         """Let another run have the folder. May be called twice."""
@@ -76,7 +76,7 @@ class FolderLock:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                holder = _written(file)
+                holder = self._refuse_later(file)
                 if follows(holder):
                     os.close(file)
                     return self._replace(holder)
@@ -90,8 +90,23 @@ class FolderLock:
                 time.sleep(1.0)
             else:
                 if self._is_in_place(file):
+                    self._refuse_later(file)
                     return self._signed(file)
                 os.close(file)  # another process has put its own file here meanwhile
+
+    def _refuse_later(self, file: int) -> str:
+        """Return who has signed an open file. Closes it and raises HeldError if that is a later start of this launch.
+
+        Such a file refuses an earlier start even when the later one has ended: the run went on without this process.
+        """
+        holder = _written(file)
+        if precedes(holder):
+            os.close(file)
+            raise HeldError(self._overtaken(holder))
+        return holder
+
+    def _overtaken(self, holder: str) -> str:
+        return f"{self._folder}: {holder} has taken this folder over from this process, without which the run goes on"
 
     def _replace(self, holder: str) -> int:
         """Put a file that this process has locked in the place of another's, and return its descriptor. holder: the other."""

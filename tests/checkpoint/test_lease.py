@@ -159,33 +159,59 @@ def test_a_start_that_is_late_gives_the_folder_back(files: RemoteFiles, monkeypa
     deadline = time.monotonic() + 60
     while record(files)["token"] != held._token:
         assert time.monotonic() < deadline
+    taken_back = record(files)
     leave(files, holder="other process 7 (start 3.5 of launch-1)")
     with pytest.raises(HeldError, match=r"start 3\.5 of launch-1"):
         held.check()
+    files.write(".lock", json.dumps(taken_back).encode())
     held.release()
+    assert record(files)["over"], "the earlier start is there, and may come again"
 
 
-def test_a_start_that_thaws_when_a_later_one_is_over_gets_nothing(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.001)
+START = """
+import sys
+from meshloom.checkpoint import lease
+from meshloom.checkpoint.files import open_files
+
+lease.WATCH_SECONDS = lease.LEASE_SECONDS = 0.01
+held = lease.Lease(open_files(sys.argv[1]))
+if sys.argv[2] == "released":
+    held.release()
+"""
+
+
+@pytest.mark.parametrize("second", ["released", "crashed"])
+def test_a_start_that_thaws_when_later_ones_are_over_gets_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str
+) -> None:
+    """Of three starts the first freezes on another machine; the second and the third, on one machine, are over then."""
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 0.01)
+    url = f"local://{tmp_path}/run"
+    files = open_files(url)
+    assert isinstance(files, RemoteFiles)
+    with monkeypatch.context() as first:
+        first.setenv(FENCE, str(Fence("launch-1", 1, 3)))
+        first.setattr(lease, "RENEWAL_SECONDS", NEVER)
+        first.setattr(lease, "_place", lambda: "another machine")
+        frozen = Lease(files)
     monkeypatch.setenv(FENCE, str(Fence("launch-1", 2, 4)))
-    leave(files, holder="other process 7 (start 1.3 of launch-1)", place="another machine")
+    subprocess.run([sys.executable, "-c", START, url, second], check=True, timeout=100)
+    monkeypatch.setenv(FENCE, str(Fence("launch-1", 2, 5)))
     Lease(files).release()
     monkeypatch.setenv(FENCE, str(Fence("launch-1", 1, 3)))
-    thawed = object.__new__(Lease)
-    thawed.__dict__.update(_files=files, _token="theirs", _beats=1, _over=threading.Event())
-    renewing = threading.Thread(target=thawed._renew, daemon=True)
-    renewing.start()
-    renewing.join(20)
-    thawed._over.set()
-    assert not renewing.is_alive(), "the folder is another's"
-    with pytest.raises(HeldError, match=r"start 2\.4 of launch-1"):
-        thawed.check()
+    with pytest.raises(HeldError, match=r"start 2\.5 of launch-1\) has taken this folder over"):
+        frozen.check()
+    with pytest.raises(HeldError, match=r"start 2\.5 of launch-1\) has taken this folder over"):
+        Lease(files)  # that had frozen before it took the folder
+    with monkeypatch.context() as soon:
+        soon.setattr(lease, "RENEWAL_SECONDS", 0.001)
+        frozen._renew()  # ends, as the folder is another's
+    frozen.release()
+    assert record(files)["over"], "and stays for those who thaw later"
     monkeypatch.delenv(FENCE)
     held = Lease(files)  # of a run of its own, which need not wait
     held.check()
     held.release()
-    with renewed(files), pytest.raises(HeldError, match="other process 7"):
-        Lease(files)
 
 
 def test_a_run_that_overtook_another_and_ends_while_it_is_watched(files: RemoteFiles) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from meshloom.checkpoint import lock as lock_module
 from meshloom.checkpoint.errors import HeldError
 from meshloom.checkpoint.fence import FENCE, Fence
 from meshloom.checkpoint.lock import FolderLock, holder_of
@@ -133,6 +134,24 @@ def test_a_start_that_is_late_gives_the_folder_back(tmp_path: Path, hold: Callab
     beside.write_text(f"here process {late.process.pid} (start 1.3 of launch-1)")
     beside.replace(tmp_path / ".lock")
     assert later.checks() == "has it" and late.checks().startswith("HeldError")
+
+
+def test_a_start_that_comes_after_a_later_one_is_refused(
+    tmp_path: Path, hold: Callable[[int, int], Holder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier start was frozen before it took the folder."""
+    monkeypatch.setenv(FENCE, str(Fence("launch-1", 1, 3)))
+    later = hold(2, 4)
+    monkeypatch.setattr(lock_module, "LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(lock_module.socket, "gethostname", lambda: "another machine")
+    for over in (False, True):
+        if over:
+            later.process.kill()
+            later.process.wait()
+        with pytest.raises(HeldError, match=r"start 2\.4 of launch-1\) has taken this folder over"):
+            FolderLock(tmp_path)
+    monkeypatch.setenv(FENCE, str(Fence("launch-1", 2, 4)))
+    FolderLock(tmp_path).release()
 
 
 def test_a_folder_that_can_t_be_taken_back_is_left_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
