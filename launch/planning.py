@@ -183,9 +183,7 @@ def plan_of(
         dealer = hybrid_dealer(config, layout, model.shape, decoder_flops(model.shape))
         if documents is None:
             notes.append("each sample is taken for one document; --documents says what they are, or takes the data's own")
-        hidden = None if documents is None else hidden_copies(config, layout, model.shape)
-        if parallel.hdp_offload and documents is None:
-            notes.append("parallel.hdp_offload is not in these figures; with --documents it is")
+        hidden = hidden_copies(config, layout, model.shape)
         lengths = documents or [job.seq_len] * samples
         dealt = dealt_step(lengths, dealer, job.seq_len, job.micro, hidden, model.shape.layers)
         notes.append(
@@ -199,11 +197,12 @@ def plan_of(
         cost = replace(cost, ranks=ranks, model_flops=cost.model_flops * dealt.filled)
         cost = with_rows_on_host(cost, dealt, model.shape, job.forward_pass(parallel))
     notes += describe(away)
-    if dealt is not None and dealt.on_host:
+    if dealt is not None and dealt.pinned_bytes:
         away = replace(away, host=away.host + dealt.pinned_bytes)
         notes.append(
-            f"parallel.hdp_offload: by the first step's documents, a full row keeps the activations of {dealt.on_host} of"
-            f" {model.shape.layers} blocks on the host, where each process may pin {dealt.pinned_bytes / 2**30:.3g} GiB"
+            f"parallel.hdp_offload: whatever its documents, a full row keeps the activations of {dealt.on_host} of"
+            f" {model.shape.layers} blocks on the host; with longer ones it keeps more, which the memory of GPUs here does not"
+            f" count on, and each process may pin {dealt.pinned_bytes / 2**30:.3g} GiB of host memory"
         )
     if config.optim.local.active:
         notes.append(_exchange_note(config, cost, model))

@@ -188,6 +188,10 @@ def _too_large(found: Sequence[Candidate], limit: float, memory: float, host: fl
     snapshots = f", {gib(local * needs.host)} of them for snapshots" if needs.host else ""
     takes = f"takes {gib(local * least.host)} GiB on each machine{snapshots}"
     message = f"nothing fits into host memory: {described(least.settings)} {takes}, and {gib(local * host)} GiB are free here"
+    dealt = least.plan.dealt
+    if dealt is not None and dealt.pinned_bytes and needs.host <= host:
+        message += f"; rows may pin {gib(local * dealt.pinned_bytes)} of them for activations"
+        return Problem("parallel.hdp_offload", message, "use false, or fewer parallel.hdp_tokens")
     if least.plan.away.host <= host:
         return Problem("checkpoint.host_memory_gib", message, fewer_snapshots(needs))
     ways = ["use more machines"]

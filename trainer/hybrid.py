@@ -6,7 +6,7 @@ from ..config.problems import ConfigError, Problem
 from ..models.config import DecoderConfig
 from ..models.costs import block_bytes
 from ..parallel.hybrid.cost import CostModel
-from ..parallel.hybrid.hidden_copies import HiddenCopies
+from ..parallel.hybrid.hidden_copies import PINNED, HiddenCopies
 from ..parallel.hybrid.share import HybridAssigner
 from ..parallel.layout import Layout
 from ..planner.cluster import GIB, load_cluster
@@ -14,9 +14,8 @@ from ..planner.document_costs import document_costs
 from .costs import assigner_of, job_of
 from .schema import RunConfig
 
-HOST_PART = 0.25
-"""Of a host's memory, what its ranks' rows may keep there by count: PyTorch rounds pinned tensors up to powers of two, and a
-host that runs ahead begins a row's copies while those of the one before it are still there."""
+PINNED_PART = 0.5
+"""Of a host's memory, what its ranks' rows may pin. Snapshots of checkpoints, loaders and the system need the rest."""
 
 
 def hybrid_dealer(config: RunConfig, layout: Layout, shape: DecoderConfig | None, flops: CostModel) -> HybridAssigner:
@@ -40,7 +39,7 @@ def hidden_copies(config: RunConfig, layout: Layout, shape: DecoderConfig | None
     work = job_of(config, shape, assigner_of(config, layout), fused=None).forward_pass(config.parallel)
     token_bytes = sum(block_bytes(block, work, "none") for block in shape.blocks()) / work.tokens
     cluster = load_cluster([f"cluster={config.parallel.hdp_costs}"])
-    host_bytes = HOST_PART * cluster.host_memory * GIB / min(cluster.gpus_per_node, layout.world_size)
+    host_bytes = PINNED_PART / PINNED * cluster.host_memory * GIB / min(cluster.gpus_per_node, layout.world_size)
     least = token_bytes * work.tokens / shape.layers
     if host_bytes < least:
         text = f"a block of a row keeps {least / GIB:.2g} GiB, and a rank's part of the host's memory is {host_bytes / GIB:.2g}"

@@ -107,7 +107,7 @@ def test_a_run_keeps_on_the_host_what_the_cluster_hides() -> None:
     assert 0.02 < short < 0.3 and 2 * short < long <= 1
     small = hidden_copies(config, layout, replace(SHAPE, vocabulary=256))
     assert small is not None and small.costs == rule.costs, "embedding and head hide no copies"
-    assert rule.host_bytes == H100.host_memory * 2**30 / 4 / 4, "4 ranks of a host"
+    assert rule.host_bytes == H100.host_memory * 2**30 / 2 / 4 / 4, "half for what is pinned, 4 times what is kept, by 4 ranks"
 
 
 def test_a_host_that_holds_no_block_is_refused_by_key() -> None:
