@@ -154,7 +154,7 @@ def _join_losses(messages: Sequence[bytes]) -> bytes:
     if refusal is not None:
         return json.dumps(refusal).encode()
     lost = {number: what for answer in answers for number, what in answer["lost"].items()}
-    damaged = [what for answer in answers for what in answer["damaged"]]
+    damaged = list(dict.fromkeys(what for answer in answers for what in answer["damaged"]))  # a host's file is told of once
     roles = sorted({role for answer in answers for role in answer["roles"]})
     return json.dumps({"lost": lost, "damaged": damaged, "roles": roles}).encode()
 

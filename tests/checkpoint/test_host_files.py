@@ -183,17 +183,22 @@ def test_a_hosts_file_that_is_cut_off_is_refused_once(step: Path, change: int | 
     assert [fault.file for fault in verify(open_files(step)) if isinstance(fault, DamageError)] == [str(file)]
 
 
-@pytest.mark.parametrize(("change", "lost"), [(-1, []), (1, []), (4096, []), (-4096, [3]), (None, [2, 3])])
-def test_only_ranks_whose_segments_are_not_whole_are_lost(step: Path, change: int | None, lost: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("change", "lost", "damaged"), [(-1, [], 0), (1, [], 0), (4096, [], 0), (-4096, [], 1), (None, [2, 3], 0)]
+)
+def test_only_ranks_whose_segments_are_not_whole_are_lost(
+    step: Path, change: int | None, lost: list[int], damaged: int
+) -> None:
     file, manifest = step / "host-00002.segments", load_manifest(open_files(step))
     if change is None:
         file.unlink()
     else:
         file.write_bytes((file.read_bytes() + b"\0" * 4096)[: file.stat().st_size + change])
-    assert [manifest.files[number].rank for number in lost_files(open_files(step), manifest, 0, 1)] == lost
+    missing, broken = lost_files(open_files(step), manifest, 0, 1)
+    assert ([manifest.files[number].rank for number in missing], len(broken)) == (lost, damaged)
     assert [fault.file for fault in verify(open_files(step)) if isinstance(fault, DamageError)] == [str(file)]
     assert find_latest(step.parent) is None
-    if not lost:
+    if not lost and not damaged:
         (blank,) = fragments(ARRAYS, 1, 3, blank=True)
         restore(step, blank, Control.alone())  # every byte that it needs is there, and proved
         assert holds([blank], ARRAYS)
