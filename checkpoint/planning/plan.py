@@ -9,6 +9,7 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -92,14 +93,20 @@ class SavePlan:
     def file_bytes(self, rank: int) -> int:
         """Compute the length of what any rank writes, from what it holds."""
         arrays = list(self.arrays.values())
-        holds = [rank in tiling.owners for tiling in self.tilings]
-        pieces = [
-            Piece(number, box, panels_for(box, array.item_bytes))
-            for number, array in enumerate(arrays)
-            if holds[array.tiling]
-            for box in self.tilings[array.tiling].written_by(rank, array.item_bytes, array.turn)
-        ]
-        return lay_out(arrays, pieces).bytes
+        held = [tiling.held_by(rank) for tiling in self.tilings]
+        dealt = [any(copies > 1 for _, copies, _ in regions) for regions in held]
+        written: dict[tuple[int, int, int], list[tuple[Box, int]]] = {}  # most arrays are cut, and dealt out, like others
+        pieces: list[Piece] = []
+        for number, array in enumerate(arrays):
+            if not held[array.tiling]:
+                continue
+            alike = array.tiling, array.item_bytes, array.turn if dealt[array.tiling] else 0
+            if alike not in written:
+                boxes = self.tilings[array.tiling].written_of(held[array.tiling], array.item_bytes, array.turn)
+                written[alike] = [(box, panels_for(box, array.item_bytes)) for box in boxes]
+            pieces += [Piece(number, box, panels) for box, panels in written[alike]]
+        header, spans = _header_of(arrays, pieces)
+        return len(header) + spans[-1].stop if spans else 0
 
     def pieces(self, rank: int, declarations: Sequence[Declaration]) -> list[Piece]:
         """List what a rank writes of the fragments that it has declared."""
@@ -224,6 +231,28 @@ def lay_out(declarations: Sequence[GlobalArray], pieces: Sequence[Piece]) -> Fil
     so that every array is aligned to its elements without a hole, which safetensors forbids. The header is padded with
     spaces to whole leaves, so that the data start on a page.
     """
+    header, spans = _header_of(declarations, pieces)
+    if not spans:
+        return NO_FILE
+    first = len(header)
+    placed = tuple(
+        PlacedPiece(piece.source, d.key, d.dtype, piece.box, piece.panels, first + start, first + stop)
+        for piece, d, start, stop in spans
+    )
+    return FileLayout(header, placed, first + spans[-1].stop)
+
+
+class _Span(NamedTuple):
+    """A piece of an array, and its bytes behind the header."""
+
+    piece: Piece
+    array: GlobalArray
+    start: int
+    stop: int
+
+
+def _header_of(declarations: Sequence[GlobalArray], pieces: Sequence[Piece]) -> tuple[bytes, list[_Span]]:
+    """Make the header of a rank's file, and put the pieces in order behind it."""
 
     def position(piece: Piece) -> tuple[bool, int, str, tuple[int, ...], tuple[int, ...]]:
         declaration = declarations[piece.source]
@@ -232,7 +261,7 @@ def lay_out(declarations: Sequence[GlobalArray], pieces: Sequence[Piece]) -> Fil
 
     order = sorted(pieces, key=position)
     entries: dict[str, object] = {"__metadata__": {"format": "pt", "written_by": f"{FORMAT} version {VERSION}"}}
-    spans: list[tuple[Piece, GlobalArray, int, int]] = []
+    spans: list[_Span] = []
     at = 0
     for piece in order:
         declaration = declarations[piece.source]
@@ -242,15 +271,8 @@ def lay_out(declarations: Sequence[GlobalArray], pieces: Sequence[Piece]) -> Fil
             "shape": entry_shape(piece.box, piece.panels),
             "data_offsets": (at, at + size),
         }
-        spans.append((piece, declaration, at, at + size))
+        spans.append(_Span(piece, declaration, at, at + size))
         at += size
-    if not spans:
-        return NO_FILE
     text = json.dumps(entries, separators=(",", ":")).encode()
     length = -(-(8 + len(text)) // LEAF_BYTES) * LEAF_BYTES - 8
-    header = length.to_bytes(8, "little") + text.ljust(length)
-    placed = tuple(
-        PlacedPiece(piece.source, d.key, d.dtype, piece.box, piece.panels, len(header) + start, len(header) + stop)
-        for piece, d, start, stop in spans
-    )
-    return FileLayout(header, placed, len(header) + at)
+    return length.to_bytes(8, "little") + text.ljust(length), spans

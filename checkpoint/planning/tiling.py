@@ -94,7 +94,11 @@ class Tiling:
 
     def written_by(self, rank: int, item_bytes: int, turn: int) -> Iterator[Box]:
         """Yield the parts of an array of this tiling that a rank writes. turn: the array's (`written_part`)"""
-        for region, copies, copy in self.held_by(rank):
+        return self.written_of(self.held_by(rank), item_bytes, turn)
+
+    def written_of(self, held: Sequence[tuple[Box, int, int]], item_bytes: int, turn: int) -> Iterator[Box]:
+        """Yield as `written_by` does, of the regions that `held_by` has listed."""
+        for region, copies, copy in held:
             part = written_part(region, parts_of(region, item_bytes, copies, self.least), copies, copy, turn)
             if part is not None:
                 yield part
