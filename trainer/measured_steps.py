@@ -28,13 +28,4 @@ def measuring_notices(config: RunConfig) -> list[str]:
         which, fix = f"{told} measures one step in batch.interval={batch.interval}: they", ""
     if parallel.hdp == "none":
         return [f"{which} send a gradient more for each micro-batch (parallel.cp={parallel.cp}){fix}"]
-    found = [f"{which} are dealt worker by worker, not by the balanced plan of parallel.hdp={parallel.hdp}{fix}"]
-    if parallel.pp == 1 or parallel.hdp_tokens is None or not isinstance(batch.micro, int):
-        return found
-    worker, row = batch.micro * config.data.seq_len, parallel.hdp_tokens
-    if row > worker:
-        found.append(
-            f"parallel.hdp_tokens={row}: in measured steps a pipeline fills up rows of at most batch.micro × data.seq_len ="
-            f" {worker} tokens to it; use parallel.hdp_tokens={worker}, or a larger batch.micro"
-        )
-    return found
+    return [f"{which} are dealt worker by worker, not by the balanced plan of parallel.hdp={parallel.hdp}{fix}"]

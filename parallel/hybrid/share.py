@@ -21,7 +21,7 @@ from ..context.zigzag import cut_document
 from ..layout import Layout, uses_fsdp
 from ..pipeline.stages import legal_micro_batches
 from .assignment import HybridAssignment, Row
-from .by_worker import WorkerPlan, deal_by_worker, deal_worker
+from .by_worker import WorkerPlan, deal_by_worker, deal_worker, ranks_of_worker
 from .cost import CostModel, costs_of
 from .pipelined import filled
 from .planning import assign, row_unit
@@ -107,6 +107,21 @@ class HybridAssigner:
         whole = (self.capacity or 0) // self.unit * self.unit  # no row grows beyond the capacity when it is filled up
         return whole if self.data_size * whole >= seq_len else self.capacity or micro * seq_len
 
+    def row_tokens_by_worker(self, documents: BatchDocuments, seq_len: int, micro: int) -> int:
+        """Return the same of a step that is dealt worker by worker.
+
+        A pipeline fills all rows up to it, and a row has one worker alone: there it is a rank's share of one. On several ranks
+        it is a sixteenth more, so that documents need not fill rows to the last token.
+        """
+        capacity = self.row_tokens(seq_len, micro)
+        if self.stages == 1:
+            return capacity
+        workers = documents.workers(micro)
+        most = max(sum(documents.lengths[document] for document in own) for own in workers)
+        together = ranks_of_worker(most, len(workers), self.data_size, capacity)
+        share = micro * seq_len if together == 1 else -(-micro * seq_len * 17 // (16 * together))
+        return min(capacity, -(-share // self.unit) * self.unit)
+
     def padded(self, filled: int, row_tokens: int) -> int:
         """Return the positions of a row with so many tokens, where rows have at most `row_tokens`."""
         whole = -(-row_tokens // self.unit) * self.unit
@@ -127,7 +142,7 @@ class HybridAssigner:
 
     def plan_by_worker(self, documents: BatchDocuments, seq_len: int, micro: int) -> WorkerPlan:
         """Deal the documents of a global batch, from samples of `seq_len` positions, worker by worker."""
-        capacity = self.row_tokens(seq_len, micro)
+        capacity = self.row_tokens_by_worker(documents, seq_len, micro)
         costs = self.costs(capacity)
 
         def deal(lengths: Sequence[int], ranks: int) -> HybridAssignment:
@@ -143,7 +158,8 @@ class HybridAssigner:
         documents = BatchDocuments.of(samples, batch)
         measured = self.plan_by_worker(documents, samples.seq_len, micro) if by_worker else None
         plan = self.plan(documents.lengths, samples.seq_len, micro) if measured is None else measured.plan
-        row_tokens = self.row_tokens(samples.seq_len, micro)
+        tokens_of = partial(self.row_tokens_by_worker, documents) if by_worker else self.row_tokens
+        row_tokens = tokens_of(samples.seq_len, micro)
         rows = _RowReader(samples, documents, plan, data_rank, partial(self.padded, row_tokens=row_tokens))
         return Share(
             [rows.read(row) for row in plan.rows[data_rank]],

@@ -131,7 +131,7 @@ def numbers_kept(rank: int, world_size: int, work: Work) -> tuple[int, int]:
     engine, copy, kept = build(work, world_size, measures=True), torch.Tensor.to, list[int]()
 
     def copied(tensor: torch.Tensor, *arguments: Any, **keys: Any) -> torch.Tensor:
-        kept.extend([tensor.numel()] if arguments[0] == "cpu" else [])
+        kept.extend([tensor.numel()] if arguments[0] == "cpu" and tensor.is_floating_point() else [])
         return copy(tensor, *arguments, **keys)
 
     mine = share(engine.mesh, work, 0, by_worker=True)
@@ -214,6 +214,7 @@ HYBRID = [
     (4, 2, 2, hybrid(16, 6, zero=1, tp=2)),
     (4, 2, 1, hybrid(17, 8, pp=2, zero=0, schedule="interleaved")),
     (4, 2, 2, hybrid(9, 5, pp=2, zero=3, schedule="zb")),
+    (4, 1, 1, hybrid(60, 8, pp=2, zero=1)),  # rows of measured steps are shorter
 ]
 """Ranks, how many of them share a worker, the most of its rows on one of them, and what is measured."""
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -107,6 +108,18 @@ def test_a_measured_step_has_the_workers_of_a_run_without_it() -> None:
     assert held == {0: {0, 1}, 1: {2, 3}, 2: {4}}
     unmeasured = assigner.load(Packed(lengths), batch, 2, 0)
     assert unmeasured.workers == 0 and unmeasured.worker_rows is None
+
+
+@pytest.mark.parametrize(("samples", "ranks_of_worker", "positions"), [(8, 1, 80), (2, 2, 43)])
+def test_rows_of_a_pipeline_are_filled_up_to_a_share_of_a_worker(samples: int, ranks_of_worker: int, positions: int) -> None:
+    """Workers of two samples of 40, in rows that could have 400 positions. One of two ranks has 40 and a sixteenth."""
+    assigner = HybridAssigner(2, CostModel(1.0, 50.0), capacity=400, classes=1, stages=2)
+    packed = Packed([[20, 20]] * (samples - 1) + [[40]])
+    for rank in range(2):
+        share = assigner.load(packed, GlobalBatch(0, samples), 2, rank, by_worker=True)
+        assert share.worker_rows is not None and share.worker_rows.ranks == ranks_of_worker
+        assert {row.tokens_BS.shape[1] for row in share.micro_batches} == {positions}
+    assert assigner.load(packed, GlobalBatch(0, samples), 2, 0).micro_batches[0].tokens_BS.shape[1] == 400
 
 
 def test_ranks_notice_that_one_takes_other_workers_for_the_same_rows() -> None:
