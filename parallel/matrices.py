@@ -11,7 +11,7 @@ rank of thousands sends few messages. While one wave is computed the next ones a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,21 +124,27 @@ class MeshMatrices:
         following = iter(self._gathers[depth:])
         leaving: deque[_Journey] = deque()
         for owned, scatter in zip(self._owned, self._scatters, strict=True):
-            current = arriving.popleft()
-            for journey in arriving:
-                journey.advance()
+            arrived = arriving.popleft()
+            _advance(arriving)
             arriving.extend(depart(way, parts) for way in [next(following, None)] if way)
-            whole = {n: torch.empty(self._matrices[n].shape, dtype=dtype, device=self._device) for n in owned}
-            current.arrive(whole)
-            results_of = function([self._matrices[number] for number in owned], list(whole.values())) if whole else []
-            for journey in leaving:
-                journey.advance()
-            leaving.append(depart(scatter, dict(zip(whole, results_of, strict=True))))
-            if len(leaving) > depth:
+            computed = self._compute(owned, arrived, function, dtype)
+            _advance(leaving)
+            if len(leaving) == depth:
                 leaving.popleft().arrive(results)
-        for journey in leaving:
-            journey.arrive(results)
+            leaving.append(depart(scatter, computed))
+            del computed  # before there are matrices of another wave
+        while leaving:
+            leaving.popleft().arrive(results)
         return results
+
+    def _compute(
+        self, owned: Sequence[int], arriving: _Journey, function: MatrixFunction, dtype: torch.dtype
+    ) -> Mapping[int, torch.Tensor]:
+        """Apply a function to the matrices of a wave that this rank owns. Returns the results by their numbers."""
+        whole = {n: torch.empty(self._matrices[n].shape, dtype=dtype, device=self._device) for n in owned}
+        arriving.arrive(whole)
+        results = function([self._matrices[number] for number in owned], list(whole.values())) if whole else []
+        return dict(zip(whole, results, strict=True))
 
 
 class _Journey:
@@ -179,6 +185,13 @@ class _Journey:
         for (number, index), values in zip(self._way.end, self._wait(), strict=True):
             array = arrays[number][index]
             array.copy_(values.view(array.shape))
+        del self._sent, self._received, self._work  # a wave's bytes, for whoever still names this journey
+
+
+def _advance(journeys: Iterable[_Journey]) -> None:
+    """Advance all; a function, so that no loop's variable keeps a journey when it is over."""
+    for journey in journeys:
+        journey.advance()
 
 
 def _index(box: Numbers, first_row: int, first_column: int) -> tuple[slice, slice]:

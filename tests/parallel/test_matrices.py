@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+import time
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from meshloom.optim.build import build_optimizer
 from meshloom.optim.optimizers import parameters
 from meshloom.optim.optimizers.config import OptimConfig
 from meshloom.optim.optimizers.matrix_config import GaLoreConfig, MuonConfig, NorMuonConfig, SOAPConfig
+from meshloom.optim.optimizers.parameters import Matrix, NamedParameter
 from meshloom.parallel import exchange_levels, hosts, matrices
+from meshloom.parallel.box import Box
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
@@ -106,3 +111,58 @@ def test_every_cut_into_hosts_updates_the_same_matrices(ranks: int, expected: di
     for found in run_ranks(ranks, on_their_hosts):
         for row, got, want in zip(ROWS[ranks], found, expected[ranks], strict=True):
             assert got == pytest.approx(want, rel=1e-9), row
+
+
+UNDER_WAY = {((4,), True): 2 + 2 * 4, ((4,), False): 2 + 2, ((2, 2), False): 2 * (2 + 2)}
+"""Levels and whether each of 4 ranks has all → waves of an owner that are sent and received while it computes: as many that
+arrive as there are levels, and that leave. With copies, results are sent to four and come from four."""
+
+
+def waves_under_way(rank: int, world_size: int) -> dict[tuple[tuple[int, ...], bool], float]:
+    """The waves that are sent and received, at most, while one is computed."""
+    mesh = Mesh.connect(Layout.plan(ParallelConfig(zero=0), world_size), torch.device("cpu"))
+    rows, columns, found = 8, 4, {}
+    exchange = dist.all_to_all_single
+    for levels, copies in UNDER_WAY:
+        under_way: list[weakref.ref[torch.Tensor]] = []
+        counted: list[float] = []
+
+        def noted(output: torch.Tensor, input: torch.Tensor, *args: Any, under_way: Any = under_way, **kwargs: Any) -> Any:
+            under_way += [weakref.ref(output), weakref.ref(input)]
+            return exchange(output, input, *args, **kwargs)
+
+        def waves(under_way: Sequence[weakref.ref[torch.Tensor]] = under_way) -> float:
+            return sum(tensor.nbytes for each in under_way if (tensor := each()) is not None) / (rows * columns * 4)
+
+        def double(
+            _: Sequence[Matrix],
+            whole: Sequence[torch.Tensor],
+            waves: Callable[[], float] = waves,
+            most: int = UNDER_WAY[levels, copies],
+            counted: list[float] = counted,
+            deadline: float = time.monotonic() + 30,
+        ) -> list[torch.Tensor]:
+            while waves() > most and time.monotonic() < deadline:
+                time.sleep(0.001)  # Gloo's thread lets go of what has arrived a moment later
+            counted.append(waves())
+            return [2 * each for each in whole]
+
+        offset, held = (0, rows) if copies else (rows // world_size * rank, rows // world_size)
+        shards = [torch.full((held, columns), float(number + offset)) for number in range(8 * world_size)]
+        named = [
+            NamedParameter(str(number), torch.nn.Parameter(shard), (rows, columns), hidden=True, offsets=(offset, 0))
+            for number, shard in enumerate(shards)
+        ]
+        boxes = {each.name: Box((offset, 0), (held, columns)) for each in named}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parameters, "WAVE", rows * columns)
+            patch.setattr(dist, "all_to_all_single", noted)
+            whole = matrices.MeshMatrices(mesh, boxes, named, lambda a, b: a * b, levels)
+            results = whole.map(shards, double, torch.float32)
+        assert all(torch.equal(result, 2 * shard) for result, shard in zip(results, shards, strict=True))
+        found[levels, copies] = max(counted)
+    return found
+
+
+def test_no_wave_is_kept_when_it_has_arrived() -> None:
+    assert run_ranks(4, waves_under_way) == [UNDER_WAY] * 4
