@@ -215,10 +215,11 @@ def described_settings(values: Settings) -> list[str]:
 
 def best_table(best: Best, cluster: ClusterConfig) -> Table:
     """Tabulate the candidates, fastest first."""
+    band = max((each.prediction.band for each in best.candidates), default=cluster.band)
     table = Table(
         right(""), Column("layout", no_wrap=True), right("tokens/s a GPU"), right("MFU"), right("GiB"), right("a step"),
         right("the run"), right("GPU-hours"), *([right("cost")] if cluster.price is not None else []),
-        title=f"Fastest of {best.planned:,} plans that were looked at, ± {cluster.band:.0%}",
+        title=f"Fastest of {best.planned:,} plans that were looked at, ± {band:.0%}",
         title_justify="left", box=box.SIMPLE,
     )  # fmt: skip
     for number, one in enumerate(best.candidates, 1):

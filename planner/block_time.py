@@ -23,6 +23,11 @@ from .software import Software
 
 KERNELS = 15
 """Kernels of a compiled block's forward pass; a backward pass has twice as many."""
+MIXTURE_LAUNCHES = 1.4
+"""Operations that a mixture's block launches both ways, of those of a dense one: routing, sorting, gathering and experts.
+
+Counted in eager blocks (`tests/planner/test_block_launches.py`), and taken for compiled ones, too.
+"""
 
 Parts = Mapping[str, float]
 """Name of a part → seconds."""
@@ -124,13 +129,14 @@ def block_time(block: BlockConfig, work: BlockWork, kernels: Kernels) -> BlockTi
     return BlockTime(forward, _present(to_input), _present(to_weight))
 
 
-def host_seconds(policy: str, software: Software, rates: Rates) -> float:
+def host_seconds(block: BlockConfig, policy: str, software: Software, rates: Rates) -> float:
     """Return the seconds in which the host launches a block's passes over one micro-batch under an activation policy.
 
     Selective checkpointing launches few kernels again, and is counted as if it launched none.
     """
     passes = 4 if policy == "full" else 3
-    return passes * (rates.launch_eager if software.eager else rates.launch)
+    dense = rates.launch_eager if software.eager else rates.launch * software.launches
+    return passes * dense * (MIXTURE_LAUNCHES if isinstance(block.ffn, MixtureConfig) else 1.0)
 
 
 def _present(parts: Parts) -> dict[str, float]:

@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from ..models.costs import flops_per_token
-from .cluster import GIB, ClusterConfig
+from .cluster import GIB, UNMEASURED, ClusterConfig
 from .cost import RankCost
-from .step_time import Step, StepTime, step_time
+from .step_time import HOST_WAIT, Step, StepTime, step_time
 
 RESERVE = 2.0
 """GiB of a GPU that plans don't know of: CUDA, NCCL and compiled kernels."""
@@ -62,6 +62,11 @@ class Prediction:
         return self.samples * self.step.job.seq_len / self.seconds / self.gpus
 
     @property
+    def band(self) -> float:
+        """Share by which the time may be off. Calibration times a bare block's launching, and a step's host has more to do."""
+        return UNMEASURED if HOST_WAIT in self.time.parts else self.cluster.band
+
+    @property
     def mfu(self) -> float:
         """Model FLOPs utilisation: of the peak of the precision, attention counted in full at the length
         of a document where these are told apart, recomputation not counted."""
@@ -111,7 +116,7 @@ class Prediction:
             "days": self.days,
             "gpu_hours": self.gpu_hours,
             "cost": self.cost,
-            "band": self.cluster.band,
+            "band": self.band,
             "fits": self.fits,
             "gib": {kind: (getattr(rank, kind) or 0) / GIB for kind in KINDS} | {"at_most": rank.total / GIB},
             "parts_seconds": dict(self.time.parts),

@@ -4,7 +4,7 @@ step = compute of the busiest pipeline rank (products, attention, pointwise, exp
      + the pipeline's waiting, from its schedule simulated in seconds
      + what gathering weights and reducing gradients can't hide, and what hidden collectives take from computation
      + copies of weights and gradients in memory, offloading, the update, checkpoints, waiting for the slowest rank
-     + what the host needs longer to launch a step than all that takes
+     + what the host needs longer to launch a step than its GPU needs, an update on the host not counted
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from .timeline import Costs, simulate
 
 STEP = 2e-3
 """Seconds of a step besides its kernels: numbers read, hooks, the beginning of the next."""
+HOST_WAIT = "waiting for the host"
+"""Part of a step in which the GPU waits for the host to launch its passes."""
 HOST_UPDATE = 60e9
 """Bytes per second that an update in host memory reads and writes (docs/measurements/engines.md)."""
 ROUNDS = 4
@@ -107,7 +109,8 @@ def step_time(step: Step, *, simulated: bool = True) -> StepTime:
     rank = max(step.cost.ranks, key=lambda each: each.elements)
     outside, beside = _outside(step, kernels, rank, forward, backward)
     parts = summed(compute, outside)
-    parts["waiting for the host"] = max(0.0, _host_time(step) - sum(parts.values()))
+    parts[HOST_WAIT] = max(0.0, _host_time(step) - sum(parts.values()))
+    parts = summed(parts, _after_passes(step, rank))
     nodes = -(-step.layout.world_size // step.cluster.gpus_per_node)
     if nodes > 1:
         parts["slowest rank"] = sum(parts.values()) * step.cluster.rates.jitter * math.log2(nodes)
@@ -118,8 +121,9 @@ def step_time(step: Step, *, simulated: bool = True) -> StepTime:
 def _host_time(step: Step) -> float:
     """Predict in what time the busiest rank's host launches a step. It runs ahead of the GPU from the first block on."""
     rates, policies = step.cluster.rates, step.job.policies
+    blocks = step.model.blocks()
     ranks = (
-        sum(host_seconds(policies[layer], step.traits, rates) for layers in rank.layers for layer in layers)
+        sum(host_seconds(blocks[layer], policies[layer], step.traits, rates) for layers in rank.layers for layer in layers)
         for rank in step.cost.ranks
     )
     return max(ranks) * step.job.micro_batches
@@ -206,7 +210,7 @@ def _pipeline_seconds(step: Step, stages: Sequence[BlockTime], plan: StagePlan) 
 def _outside(
     step: Step, kernels: Kernels, rank: RankCost, forward: float, backward: float
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Predict what a step takes outside of blocks, and the communication that is hidden.
+    """Predict what a step takes outside of blocks while its host launches, and the communication that is hidden.
 
     forward, backward: seconds of a micro-batch's passes
     """
@@ -225,8 +229,6 @@ def _outside(
         shapes = [step.model.block(layer) for layers in rank.layers for layer in layers]
         host += 2 * job.micro_batches * sum(block_bytes(each, job.forward_pass(step.parallel), "none") for each in shapes)
     parts["host transfers"] = host / (cluster.host_link * 1e9)
-    local = min(step.layout.world_size, cluster.gpus_per_node)
-    parts["disk"] = (away.disk_read + away.disk_written) * local / (cluster.disk * 1e9)
     elementwise = 1.0
     if step.matrices is not None and step.parallel.offload == "none":
         layout, layers = step.layout, frozenset(layer for held in rank.layers for layer in held)
@@ -236,10 +238,18 @@ def _outside(
         held = _matrix_elements(work, rank, layout)
         parts |= matrix_parts(work, masters, levels, job.precision, held)
         elementwise = max(0.0, 1 - held / max(1, rank.elements))
-    traffic_left = traffic.update * elementwise
-    update = kernels.pointwise(traffic_left) if step.parallel.offload == "none" else traffic_left / HOST_UPDATE
-    parts["update"] = update + STEP
+    parts["update"] = kernels.pointwise(traffic.update * elementwise) if step.parallel.offload == "none" else 0.0
     return parts, beside
+
+
+def _after_passes(step: Step, rank: RankCost) -> dict[str, float]:
+    """Predict what begins when the host has launched the passes and their GPU has ended: its own update, the disk, and STEP."""
+    away, cluster = step.away, step.cluster
+    local = min(step.layout.world_size, cluster.gpus_per_node)
+    parts = {"disk": (away.disk_read + away.disk_written) * local / (cluster.disk * 1e9), "update": STEP}
+    if step.parallel.offload != "none":
+        parts["update"] += engine_moved(step.parallel)(rank, step.parallel, step.layout, step.job).update / HOST_UPDATE
+    return parts
 
 
 def _matrix_elements(work: MatrixWork, rank: RankCost, layout: Layout) -> float:

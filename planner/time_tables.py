@@ -37,8 +37,10 @@ def prediction_table(found: Prediction) -> Table:
     if cluster.calibrated:
         unmeasured = "kernels measured, not all links; `meshloom calibrate` does under torchrun"
         how = "measured on these machines" if cluster.measured else unmeasured
+        if found.band > cluster.band:
+            how = "the host is the brake, of which calibration measures only a bare block"
     table = Table(show_header=False, title=f"Predicted on {found.gpus:,} × {cluster.gpu}", title_justify="left", box=box.SIMPLE)
-    table.add_row("a step", f"{seconds(found.seconds)} ± {cluster.band:.0%} ({how})")
+    table.add_row("a step", f"{seconds(found.seconds)} ± {found.band:.0%} ({how})")
     table.add_row("speed", f"{found.tokens_per_second:,.0f} tokens/s a GPU, MFU {found.mfu:.1%}")
     table.add_row("the run", f"{found.tokens:,.3g} tokens: {duration(found.days)}, {found.gpu_hours:,.0f} GPU-hours")
     if found.cost is not None:

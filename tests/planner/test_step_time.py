@@ -13,7 +13,7 @@ from meshloom.models.mixture.config import ExpertsConfig
 from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.layout import Layout
-from meshloom.planner.block_time import BlockWork, block_time
+from meshloom.planner.block_time import MIXTURE_LAUNCHES, BlockWork, block_time, host_seconds
 from meshloom.planner.calibration import Attention, Collective, Measured, Product, block_errors, calibrated
 from meshloom.planner.cluster import ClusterConfig, Rates, load_cluster
 from meshloom.planner.cost import layout_cost
@@ -22,8 +22,9 @@ from meshloom.planner.memory import Job, optimizer_bytes
 from meshloom.planner.network import gradient_levels, group, group_of
 from meshloom.planner.offload import OffloadAccount
 from meshloom.planner.parameters import decoder_inventory
-from meshloom.planner.software import COMPILED
-from meshloom.planner.step_time import Step, step_time
+from meshloom.planner.prediction import Prediction
+from meshloom.planner.software import COMPILED, EAGER
+from meshloom.planner.step_time import HOST_UPDATE, HOST_WAIT, STEP, Step, step_time
 
 SHAPE = DecoderConfig(dim=4096, layers=32, heads=32, kv_heads=8, ffn_dim=14336, vocabulary=128256)
 H100 = load_cluster(["cluster=h100x512"])
@@ -74,14 +75,46 @@ def test_a_step_takes_what_its_host_launches_it_in_if_that_is_longer() -> None:
     slow = replace(H100.rates, launch=0.1, launch_eager=0.2)
     for policy, passes in (("none", 3), ("selective", 3), ("full", 4)):
         plain = step(ParallelConfig(zero=1), replace(H100, rates=slow), ranks=8, policy=policy)
-        assert step_time(plain).seconds == pytest.approx(8 * 32 * passes * 0.1)
+        assert step_time(plain).seconds == pytest.approx(8 * 32 * passes * 0.1 + STEP)
         eager = replace(plain, job=replace(plain.job, compiled=False))
-        assert step_time(eager).seconds == pytest.approx(8 * 32 * passes * 0.2)
+        assert step_time(eager).seconds == pytest.approx(8 * 32 * passes * 0.2 + STEP)
         staged = step(ParallelConfig(zero=1, pp=8), replace(H100, rates=slow), ranks=8, policy=policy)
         layers = max(len(held) for rank in staged.cost.ranks for held in rank.layers)
-        assert step_time(staged).seconds == pytest.approx(8 * layers * passes * 0.1), "a rank's host launches its own stage"
+        assert step_time(staged).seconds == pytest.approx(8 * layers * passes * 0.1 + STEP), "each launches its own"
     quick = step(ParallelConfig(zero=1), ranks=8, policy="none")
-    assert "waiting for the host" not in step_time(quick).parts and step_time(quick).seconds > 8 * 32 * 3 * H100.rates.launch
+    assert HOST_WAIT not in step_time(quick).parts and step_time(quick).seconds > 8 * 32 * 3 * H100.rates.launch
+
+
+def test_a_host_that_updates_launches_nothing_meanwhile() -> None:
+    """Its update of 28 bytes a parameter, and the disk, come after the passes that it launched: nothing hides the other."""
+    slow = replace(H100, rates=replace(H100.rates, launch=0.1))
+    plain = step(ParallelConfig(zero=1), slow, ranks=8, policy="none")
+    away = OffloadAccount(disk_read=10**9, disk_written=10**9)
+    host = replace(plain, parallel=replace(plain.parallel, offload="optimizer"), away=away)
+    expected = 8 * 32 * 3 * 0.1 + 28 * parameter_count(SHAPE) / 8 / HOST_UPDATE + 8 * 2e9 / (slow.disk * 1e9) + STEP
+    assert step_time(host).seconds == pytest.approx(expected, rel=1e-3)
+
+
+def test_eager_blocks_and_mixtures_cost_the_host_more() -> None:
+    """An eager block has 2.5 times the kernels of a compiled one, a mixture's 1.4 times those of a dense one."""
+    rates, dense = H100.rates, SHAPE.block(0)
+    mixed = replace(SHAPE, experts=ExpertsConfig(count=8, top_k=2, ffn_dim=1024)).block(0)
+    compiled = host_seconds(dense, "none", COMPILED, rates)
+    assert compiled == pytest.approx(3 * rates.launch)
+    assert host_seconds(dense, "none", EAGER, rates) == pytest.approx(2.5 * compiled)
+    other = replace(COMPILED, launches=EAGER.launches)  # of another program, which has no rate of its own
+    assert host_seconds(dense, "none", other, rates) == pytest.approx(2.5 * compiled)
+    for software in (COMPILED, EAGER):
+        alike = [host_seconds(block, "full", software, rates) for block in (mixed, dense)]
+        assert alike[0] / alike[1] == pytest.approx(MIXTURE_LAUNCHES) and MIXTURE_LAUNCHES > 1
+
+
+def test_a_step_that_waits_for_its_host_keeps_the_wide_band() -> None:
+    """Calibration launches a bare block, and a step's host has hooks, loss and update to launch, too."""
+    measured = replace(H100, gpus=1, calibrated=True)
+    quick = step(ParallelConfig(zero=1), measured, ranks=1, policy="none")
+    waiting = replace(quick, cluster=replace(measured, rates=replace(measured.rates, launch=1.0)))
+    assert [Prediction(each, 8, 1e9).band for each in (quick, waiting)] == [0.10, 0.25]
 
 
 def test_an_even_pipeline_waits_as_the_closed_form_says() -> None:
