@@ -20,7 +20,8 @@ def output_with_delta(dout_BQHD: torch.Tensor, delta_BHQ: torch.Tensor) -> torch
     """Make the shortest output that has this delta: rows along the gradient's, in its type.
 
     It is rounded as the true output would be, and no row is longer than the true one: so it adds no larger error to delta.
-    Norms are in fp64, where the squares of small gradients are not lost. A row whose gradient is zero has no delta.
+    Norms are in fp64, where squares of small gradients in other types are not lost. Those in fp64 must lie within 1e-150 and
+    1e150. A row whose gradient is zero has no delta.
     """
     norm_BQH1 = torch.linalg.vector_norm(dout_BQHD, dim=-1, keepdim=True, dtype=torch.float64)
     factor_BQH1 = delta_BHQ.transpose(1, 2).unsqueeze(-1) / norm_BQH1.square()

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from ..config.keys import Side, key
 from ..config.problems import Problem
+from .context.blocks import Moved
 from .context.ring_plan import DIRECT
 from .deepspeed.settings import DeepSpeedConfig
 
 ENGINES = ("torch", "deepspeed")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb", "zbv", "dualpipev")
 CONTEXT_KINDS = ("ring", "ulysses")
-RING_EXCHANGES = ("keys", "queries")
+RING_EXCHANGES: tuple[Moved, ...] = get_args(Moved)
 GRADIENT_EXCHANGES = ("auto", "direct", "hierarchical")
 HYBRID_KINDS = ("none", "greedy")
 YEAR = 365 * 24 * 3600  # clocks of collectives overflow far beyond it
@@ -45,8 +46,8 @@ class ParallelConfig:
     )
     ring_exchange: str = key(
         "keys",
-        "what members of a ring send to one another: keys (with values), or queries, whose outputs come back; with as many"
-        " heads of both that is less",
+        "what members of a ring send to one another: keys (with values), or queries, whose outputs come back: fewer bytes"
+        " where there are as many heads of both",
     )
     hdp: str = key(
         "none",

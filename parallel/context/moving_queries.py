@@ -73,10 +73,10 @@ def queries_backward(
             continue
         found: list[list[torch.Tensor]] = []
         for each, ((q_met, dout_met), (lse_met, delta_met)) in zip(step.receives, arrived, strict=True):
-            dq_met = torch.zeros_like(q_met, dtype=lse.dtype if _seen_often(each) else q.dtype)
+            dq_met = torch.zeros_like(q_met)  # a query is in two blocks at most: their sum is rounded once in any type
             tensors = (dout_met, q_met, k, v, output_with_delta(dout_met, delta_met), lse_met)
             add_gradients_of_blocks(each.blocks, tensors, (dq_met, dk, dv), call)
-            found.append([dq_met.to(q.dtype)])
+            found.append([dq_met])
         _add_results(pending, dq)
         pending = _Results(call, step, found, [(q, BTHD)])
     _add_results(pending, dq)
@@ -113,11 +113,6 @@ def _buffer(tensors: Sequence[torch.Tensor], dim: int, length: int) -> torch.Ten
     shape = list(tensors[0].shape)
     shape[dim] = length
     return tensors[0].new_empty(len(tensors), *shape)
-
-
-def _seen_often(each: Receive) -> bool:
-    """Return whether several blocks have a query in common."""
-    return sum(block.queries[1] - block.queries[0] for block in each.blocks) > each.length
 
 
 def _outputs(each: Receive, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: RingCall) -> list[torch.Tensor]:
