@@ -36,6 +36,7 @@ from arguments import read
 
 from meshloom.models.config import DecoderConfig
 from meshloom.models.mixture.config import ExpertsConfig
+from meshloom.planner.calibration import as_values
 from meshloom.planner.cluster import ClusterConfig
 
 WORKERS = 3
@@ -327,7 +328,7 @@ def main(argv: Sequence[str]) -> None:
         order = {dataclasses.astuple(work): at for at, work in enumerate(listed)}
         names = [field.name for field in dataclasses.fields(Work)]
         found.sort(key=lambda each: order[tuple(each[name] for name in names)])
-        told = {"cluster": dataclasses.asdict(profile), "calibration_seconds": seconds, "rows": found}
+        told = {"cluster": as_values(profile), "calibration_seconds": seconds, "rows": found}
         Path(settings.out).write_text(json.dumps(told, indent=1))
     process.join(10)
     process.kill()

@@ -4,6 +4,7 @@
     python benchmarks/planner_score.py megascale -v     one of them, row by row; -p: with the parts of each step
     python benchmarks/planner_score.py pairs=5          with five random pairs of rows instead of the fixed one
     python benchmarks/planner_score.py rows=rows.json   the rows that planner_rows.py measured on a GPU: time and memory
+    python benchmarks/planner_score.py works=works_h200.csv   works of other benchmarks on an H200, with nothing fitted
 
 Of each table two rows calibrate one rate (`cluster.rates.speed`), and the others are scored; a constant MFU from the same two
 rows stands beside. The rows that calibrate stand at one and at two thirds of the file's order. The error is
@@ -236,6 +237,8 @@ def score_own(path: Path) -> None:
             for how, each in (("one speed fitted to every second row", speed), ("nothing fitted", base.rates.speed)):
                 off = [row.rate(each) / row.published - 1 for row in scored]
                 print(f"{label}, {which}, {how} ({each:.3f}): {len(scored)} rows, median p90 worst {spread(off)}")
+            both = [row.rate(base.rates.speed) / row.published - 1 for row in (*used, *scored)]
+            print(f"  nothing fitted, both halves: {len(both)} rows {spread(both)}")
             constant = math.exp(sum(math.log(row.published * row.flops_per_token()) for row in used) / len(used))
             off = [constant / row.flops_per_token() / row.published - 1 for row in scored]
             print(f"  constant MFU from the same rows: {spread(off)}")
@@ -248,6 +251,31 @@ def score_own(path: Path) -> None:
                 planned = row.step(1.0).cost.ranks[0].total / 2**30
                 line += f"   {values['allocated_gib']:6.1f} GiB {planned / values['allocated_gib'] - 1:+7.1%}"
             print(line)
+
+
+def score_works(path: Path) -> None:
+    """Print how far planned seconds of works on an H200 are off.
+
+    Passes are a step without its update and its copies of weights and gradients. Documents are told by their mean length.
+    """
+    import planner_rows
+
+    names = [field.name for field in fields(planner_rows.Work)]
+    for values in csv.DictReader(path.open()):
+        numbers = {name: int(values[name]) for name in ("layers", "seq", "micro", "many")}
+        work = planner_rows.Work(values["model"], policy=values["policy"], **numbers)
+        kernels = values["fused"] == "1", values["fused_experts"] == "1"
+        step = own_step(work, planner_rows.shape_of(work), *kernels, load_cluster(["cluster=h200"]))(1.0)
+        parts = step_time(replace(step, length=float(values["length"]))).parts
+        left_out = ("update", "copies of weights and gradients") if values["timed"] == "passes" else ()
+        planned = sum(seconds for name, seconds in parts.items() if name not in left_out)
+        seconds = float(values["seconds"])
+        told = " ".join(str(getattr(work, name)) for name in names)
+        line = f"{told:<40} documents {values['length']:>6} {values['timed']:<7}{seconds:8.4f} s planned {planned:8.4f}"
+        line += f" {planned - seconds:+8.4f} s, speed {seconds / planned - 1:+6.1%}"
+        if values["allocated_gib"]:
+            line += f"   {values['allocated_gib']} GiB planned {step.cost.ranks[0].total / 2**30:.1f}"
+        print(line)
 
 
 def own_step(
@@ -329,6 +357,10 @@ def main(argv: Sequence[str]) -> None:
     own = next((word.partition("=")[2] for word in argv if word.startswith("rows=")), None)
     if own is not None:
         score_own(Path(own))
+        return
+    works = next((word.partition("=")[2] for word in argv if word.startswith("works=")), None)
+    if works is not None:
+        score_works(Path(works))
         return
     names = [word for word in argv if not word.startswith(("-", "pairs="))]
     pairs = next((int(word.partition("=")[2]) for word in argv if word.startswith("pairs=")), 0)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
+from typing import Any
 
 import yaml
 
@@ -180,11 +181,16 @@ def _fit_collectives(cluster: ClusterConfig, found: Sequence[Collective]) -> dic
     return rates
 
 
+def as_values(cluster: ClusterConfig) -> dict[str, Any]:
+    """Return a cluster's keys; of its rates those that are no defaults, so that a default may change later."""
+    values, defaults = dataclasses.asdict(cluster), dataclasses.asdict(Rates())
+    values["rates"] = {name: value for name, value in values["rates"].items() if value != defaults[name]}
+    return values
+
+
 def as_yaml(cluster: ClusterConfig, comments: Sequence[str]) -> str:
     """Write a cluster as a recipe of its own."""
-    values = dataclasses.asdict(cluster)
-    rates = {name: float(f"{value:.4g}") for name, value in values["rates"].items()}
-    defaults = dataclasses.asdict(Rates())
-    values["rates"] = {name: value for name, value in rates.items() if value != defaults[name]}
+    values = as_values(cluster)
+    values["rates"] = {name: float(f"{value:.4g}") for name, value in values["rates"].items()}
     text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
     return "".join(f"# {line}\n" for line in comments) + text
