@@ -120,8 +120,8 @@ class MatrixPlan:
     """The plan of a rank.
 
     Parts reach their owner by the outermost level first: they then enter its host over all of the host's ranks. Results leave
-    by the innermost level first, for the same reason. Where ranks of one host hold copies, results go there the outermost level
-    first, and cross the network once for all of them.
+    by the innermost level first, for the same reason. Where ranks of one host hold copies of most, results go there the
+    outermost level first, and cross the network once for all of them, though by the owner's own network card.
 
     owners  of each matrix
     """
@@ -142,7 +142,7 @@ class MatrixPlan:
         parts, inward = self.parts, range(len(self.levels))[::-1]
         owners = np.asarray(self.owners, dtype=np.int64)[parts.matrix]
         sources, wave_of = parts.sources(owners, self.levels), np.asarray(numbers, dtype=np.int64)[parts.matrix]
-        outward = inward if self._copies_on_a_host() else inward[::-1]
+        outward = inward if self._copies_on_hosts() else inward[::-1]
         for number in range(max(numbers, default=-1) + 1):
             there = np.flatnonzero(wave_of == number)
             back = np.flatnonzero(wave_of[parts.held] == number)
@@ -153,7 +153,9 @@ class MatrixPlan:
                 list(hops(rank, self.levels, outward, held, owners[held], ranks)),
             )
 
-    def _copies_on_a_host(self) -> bool:
-        """Return whether ranks of one innermost block hold the same part."""
-        blocks = self.parts.ranks // self.levels[0]
-        return len(np.unique(self.parts.held * (int(blocks.max(initial=0)) + 1) + blocks)) < len(blocks)
+    def _copies_on_hosts(self) -> bool:
+        """Return whether a third of what innermost blocks hold is copies. A router that all ranks have is not worth a turn."""
+        parts, blocks = self.parts, self.parts.ranks // self.levels[0]
+        count = int(blocks.max(initial=0)) + 1
+        once = np.unique(parts.held * count + blocks) // count
+        return bool(3 * parts.sizes[once].sum() <= 2 * parts.sizes[parts.held].sum() > 0)

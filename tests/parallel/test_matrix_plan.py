@@ -120,6 +120,23 @@ def test_parts_reach_their_owner_and_results_all_holders(case: Case) -> None:
             assert all(crossings[part] == len(hosts[part] - {home[part]}) for part in mine), "once to each host"
 
 
+def test_a_small_copy_does_not_turn_the_way_of_all_results() -> None:
+    """Of 8 ranks, 4 a host, all hold rows of each matrix, and pairs on a host the same rows of the last: a router."""
+    case, shapes = Case((4, 2), shards=4, tp=2), ((64, 8), (64, 8), (4, 8))
+    boxes = boxes_of(shapes, 1, case.shards, case.tp)
+    boxes[:, 2, 1], boxes[:, 2, 3] = 0, 8
+    for matrices, levels in (((0, 1, 2), [0, 1]), ((2,), [1, 0])):
+        spans = [(at, 0, *shapes[matrix]) for at, matrix in enumerate(matrices)]
+        plan = MatrixPlan.of(spans, boxes[:, matrices], lambda a, b: a * b, case.levels)
+        waves = [next(plan.waves(rank, [0] * len(spans))) for rank in range(case.ranks)]
+        assert all([hop.level for hop in wave.scatter] == levels for wave in waves), "by all of its host's ranks"
+        there = {rank: set[int]() for rank in range(case.ranks)}
+        for part, matrix in enumerate(plan.parts.matrix.tolist()):
+            there[plan.owners[matrix]].add(part)
+        held, _ = travel(case, [list(wave.scatter) for wave in waves], there)
+        assert held == {rank: set(plan.parts.held[plan.parts.ranks == rank].tolist()) for rank in range(case.ranks)}
+
+
 def test_owners_lie_on_as_many_hosts_as_can_be() -> None:
     everyone = [range(8)] * 9
     assert choose_owners([1.0] * 9, everyone, (4, 2)) == [0, 4, 1, 5, 2, 6, 3, 7, 0]
