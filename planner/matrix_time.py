@@ -73,7 +73,7 @@ def matrix_parts(work: MatrixWork, kernels: Kernels, levels: Sequence[Group], fo
     """Predict the parts of an update, of the rank that has most to compute.
 
     kernels: of the masters' precision; forward: the precision in which Muon computes and sends; levels: groups in which
-    matrices travel one after another, of all ranks of the stage where there is one;
+    matrices travel one after another, from the innermost outwards, of all ranks of the stage where there is one;
     held: elements of matrices whose weights and state lie on a rank, more than its part of them where ranks hold copies
     """
     muon = isinstance(work.config, MuonConfig)
@@ -87,8 +87,12 @@ def matrix_parts(work: MatrixWork, kernels: Kernels, levels: Sequence[Group], fo
         unit = PRECISIONS[forward].bytes if muon else kernels.unit
         waves = max(1, -(-mine // WAVE))
         # There with gradients, back with updates. What arrives while the wave before it is computed costs no time of its own.
-        size = unit * max(work.elements / work.ranks, mine)
-        way = 2 * sum(level.exchange(size, waves) for level in levels)
+        # Of copies one is sent, and all come back, to a block of ranks once for all of them (`parallel/matrix_plan.py`).
+        way, block = 0.0, 1
+        for level in levels:
+            there, back = max(work.elements / work.ranks, mine), max(min(held, work.elements / block), mine)
+            way += level.exchange(unit * there, waves) + level.exchange(unit * back, waves)
+            block *= level.ranks
         parts["matrix exchange"] = max(compute, way) + min(compute, way) / waves - compute
     return parts
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -31,7 +31,7 @@ from meshloom.planner import matrix_time
 from meshloom.planner.cluster import load_cluster
 from meshloom.planner.kernel_time import Kernels
 from meshloom.planner.matrix_time import MatrixWork, busiest, matrix_parts
-from meshloom.planner.network import group, level_groups, matrix_levels
+from meshloom.planner.network import Group, group, level_groups, matrix_levels
 from meshloom.planner.step_time import STEP
 from support.plans import seconds
 
@@ -93,6 +93,24 @@ def test_ranks_share_the_work_and_pay_for_the_way() -> None:
     sixteen = matrix_parts(replace(work, ranks=16), Kernels(cluster, "fp32"), [group(cluster, 16)], "bf16", work.elements / 16)
     assert sixteen["matrix update"] == pytest.approx(alone["matrix update"] / 16, rel=1e-6)
     assert sixteen["matrix exchange"] > eight["matrix exchange"], "half of it leaves the node"
+
+
+def test_results_come_back_to_every_copy() -> None:
+    """Where each of 16 ranks has all matrices it gets all results, a host each from the other once; it sends a part."""
+    cluster = load_cluster(["cluster=h100x16"])
+    work = MatrixWork(MuonConfig(ns_steps=0), {(4096, 4096): 64}, 16)
+    inside, between = level_groups(cluster, (8, 2), 1, 16)
+    size, all_ranks = 2 * 64 * 4096**2, group(cluster, 16)  # bytes in bf16, a sixteenth of which is a wave of a rank
+
+    def exchange(levels: Sequence[Group], held: float) -> float:
+        return matrix_parts(work, Kernels(cluster, "fp32"), levels, "bf16", held)["matrix exchange"]
+
+    assert exchange([all_ranks], work.elements / 16) == pytest.approx(2 * all_ranks.exchange(size / 16))
+    assert exchange([all_ranks], work.elements) == pytest.approx(all_ranks.exchange(size / 16) + all_ranks.exchange(size))
+    there = inside.exchange(size / 16) + between.exchange(size / 16)
+    assert exchange([inside, between], work.elements) == pytest.approx(
+        there + inside.exchange(size) + between.exchange(size / 8)
+    )
 
 
 def test_matrices_pay_for_every_level() -> None:
