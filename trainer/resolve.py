@@ -26,6 +26,7 @@ from .imported_model import ImportedModel, imported_model
 from .local_relations import local_notices
 from .measured_steps import measuring_notices
 from .resumed_config import Resumed, resume_config, saved_choices, saved_config
+from .ring_exchange import ring_notices
 from .schema import RunConfig, make_composer
 from .stages.configs import (
     StageConfig,
@@ -254,7 +255,7 @@ class Checking:
         )
         notices = (*resumed.notices, *fitting.notices, *map(str, elsewhere))
         notices += () if "optim" in config.unusable else tuple(local_notices(config.optim.local))
-        notices += tuple(measuring_notices(config))
+        notices += (*measuring_notices(config), *ring_notices(config))
         warnings, choices = tuple(resumed.warnings), resumed.choices
         return ResolvedRun(
             config, checkpoint, world_size, tuple(found), notices, warnings, choices, fitted=fitting.values, place=place

@@ -10,6 +10,7 @@ import pytest
 from meshloom.config.problems import ConfigError, Problem
 from meshloom.trainer.measured_steps import measuring_notices
 from meshloom.trainer.relations import RELATIONS, Start, collect_problems
+from meshloom.trainer.ring_exchange import ring_notices
 from meshloom.trainer.schema import group_keys, groups
 from support.configs import config_of, problems_of
 
@@ -115,3 +116,21 @@ def test_the_start_says_which_steps_measuring_slows(words: list[str], said: list
 @pytest.mark.parametrize("words", [MEASURED, ["parallel.cp=2"], ["parallel.cp=2", "batch=critical_loss"]])
 def test_no_notice_where_no_rank_shares_what_is_measured(words: list[str]) -> None:
     assert measuring_notices(config_of(*words)) == []
+
+
+LLAMA = ["recipe=llama_8b", "parallel.ring_exchange=queries", "precision=bf16"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (LLAMA, "there are no rings"),
+        ([*LLAMA, "parallel.cp=2"], "sends 3.4 times the bytes"),  # 5 × 4096 × 2 + 12 × 32 of 6 × 1024 × 2
+        ([*LLAMA, "data=stdlib", "parallel.hdp=greedy", "data.document_mask=true"], "sends 3.4 times the bytes"),
+        ([*LLAMA, "parallel.cp=2", "model.kv_heads=32"], ""),
+        (["recipe=llama_8b"], ""),
+    ],
+)
+def test_the_start_says_where_queries_are_no_gain(words: list[str], said: str) -> None:
+    found = ring_notices(config_of(*words))
+    assert bool(found) == bool(said) and all(said in each for each in found)
