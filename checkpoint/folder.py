@@ -79,15 +79,11 @@ def check_lengths(files: Files, manifest: Manifest) -> None:
     """Check that every file is there with its length. Raises DamageError naming the file."""
     sizes = files.sizes()
     for file in manifest.files:
-        _raise_first(length_faults(files, manifest, file, sizes))
+        raise_first(length_faults(files, manifest, file, sizes))
 
 
-def check_length(files: Files, manifest: Manifest, file: StoredFile, sizes: Mapping[str, int | None]) -> None:
-    """Check the lengths that one rank's data and their digests need (`part_faults`). Raises DamageError naming the file."""
-    _raise_first(part_faults(files, manifest, file, sizes))
-
-
-def _raise_first(faults: Iterator[DamageError]) -> None:
+def raise_first(faults: Iterator[DamageError]) -> None:
+    """Raise the first of some faults, if there is one."""
     fault = next(faults, None)
     if fault is not None:
         try:

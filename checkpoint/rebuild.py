@@ -165,6 +165,7 @@ def lost_files(files: Files, manifest: Manifest, rank: int, world_size: int) -> 
     Returns the numbers of those that are missing, with the damage, and a description of each that is there and not whole.
     """
     sizes, reader = files.sizes(), Reader(files, manifest)
+    reader.whole_files = False
     lost: dict[int, str] = {}
     damaged: list[str] = []
     for number in range(rank, len(manifest.files), world_size):
@@ -315,9 +316,9 @@ def _sum(files: Files, manifest: Manifest, arrays: Sequence[StoredArray]) -> flo
     """Sum the elements of arrays, in float64, with a part of one in memory at a time."""
     pairs = [(array, Box.whole(array.shape)) for array in arrays]
     dtypes = [array.dtype for array in arrays]
-    return math.fsum(
-        float(as_tensor(raw, dtypes[number]).double().sum()) for number, _, raw in Reader(files, manifest).stream(pairs)
-    )
+    reader = Reader(files, manifest)
+    reader.whole_files = False
+    return math.fsum(float(as_tensor(raw, dtypes[number]).double().sum()) for number, _, raw in reader.stream(pairs))
 
 
 def _parts(manifest: Manifest, array: StoredArray, layers: Sequence[RebuiltLayers]) -> list[tuple[str, float]]:

@@ -387,6 +387,7 @@ def _read(match: _Match, group: ProcessGroup | None) -> dict[str, Any]:
     else:
         files, manifest = step.files, step.manifest
         reader = Reader(files, manifest) if group is None else SharedReader(files, manifest, group)
+        reader.whole_files = not match.plan.layers  # of a file that is cut off, what lost layers are made of may be there
         reads = ((source, fragment.box) for fragment, array in wanted for source in match.plan.reads(manifest, array))
         arrays: Iterator[Raw] = iter(reader.read(reads))
         match.values += [(fragment.tensor, match.plan.value(array, fragment.box, arrays)) for fragment, array in wanted]

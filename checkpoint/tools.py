@@ -26,6 +26,7 @@ def verify(files: Files) -> Iterator[DamageError | int]:
         yield error
         return
     sizes, reader = files.sizes(), Reader(files, manifest)
+    reader.whole_files = False
     told: set[str] = set()
     for number, file in enumerate(manifest.files):
         lengths = length_faults(files, manifest, file, sizes)

@@ -14,7 +14,7 @@ from ...parallel.box import Box
 from ..digest import DIGEST_BYTES, text_digest
 from ..errors import CheckpointError, DamageError
 from ..files import Files, RangeReader
-from ..folder import check_length
+from ..folder import length_faults, part_faults, raise_first
 from ..manifest import MANIFEST, Manifest, StoredArray, StoredBox
 from ..stored_file import StoredFile
 from .index import FileIndex, Locator
@@ -72,6 +72,7 @@ class Reader:
         self._proved: dict[tuple[int, int], bytes] = {}
         self._blocks: dict[int, bytes] = {}
         self._measured: set[int] = set()
+        self.whole_files = True  # otherwise a segment is read though its file be too short for others
         self._locator = Locator(self.manifest, self.files.label(MANIFEST))
 
     def read(self, wanted: Iterable[tuple[StoredArray, Box]]) -> list[Raw]:
@@ -163,7 +164,8 @@ class Reader:
         file = self.manifest.files[number]
         if file.has_digests and number not in self._measured:
             sizes = {name: self.files.size(name) for name in {file.name, file.leaves}}
-            check_length(self.files, self.manifest, file, sizes)
+            faults = length_faults if self.whole_files else part_faults
+            raise_first(faults(self.files, self.manifest, file, sizes))
             self._measured.add(number)
         with self.files.reader(file.name) as opened:
             yield _From(opened, file.start) if file.start else opened
