@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from math import prod
 
 import numpy as np
@@ -40,16 +41,23 @@ class Parts:
         """Find the parts. boxes: (ranks, parameters, 4), of one parameter either the same or disjoint"""
         found: list[tuple[Numbers, Numbers, Numbers, Numbers]] = []
         count = 0
-        for number, (parameter, first, rows, columns) in enumerate(spans):
-            begin = np.maximum(boxes[:, parameter, :2], (first, 0))
-            end = np.minimum(boxes[:, parameter, :2] + boxes[:, parameter, 2:], (first + rows, columns))
-            ranks = np.flatnonzero((end > begin).all(1))
-            corner = begin[ranks, 0] * columns + begin[ranks, 1]
-            _, one, part = np.unique(corner, return_index=True, return_inverse=True)
-            found_boxes = np.concatenate([begin, end - begin], 1)[ranks]
-            assert (found_boxes == found_boxes[one][part]).all(), "parts overlap"
+        for parameter, run in groupby(enumerate(spans), lambda each: each[1][0]):
+            numbers, first, last, columns = np.array([(at, row, row + rows, width) for at, (_, row, rows, width) in run]).T
+            assert (np.diff(first) > 0).all(), "matrices of a parameter are listed by their rows"
+            begin, end = boxes[:, parameter, :2], boxes[:, parameter, :2] + boxes[:, parameter, 2:]
+            # A rank has rows of neighbouring matrices: an entry for each of them.
+            low = np.searchsorted(last, begin[:, 0], "right")
+            many = np.maximum(np.searchsorted(first, end[:, 0]) - low, 0)
+            ranks = np.repeat(np.arange(len(boxes)), many)
+            at = np.arange(len(ranks)) - np.repeat(np.cumsum(many) - many - low, many)
+            begin = np.maximum(begin[ranks], np.stack([first[at], np.zeros_like(at)], 1))
+            end = np.minimum(end[ranks], np.stack([last[at], columns[at]], 1))
+            there = (end > begin).all(1)
+            at, ranks, cut = at[there], ranks[there], np.concatenate([begin, end - begin], 1)[there]
+            _, one, part = np.unique(cut[:, 0] * columns[at] + cut[:, 1], return_index=True, return_inverse=True)
+            assert (cut == cut[one][part]).all(), "parts overlap"
             order = np.argsort(part, kind="stable")
-            found.append((np.full(len(one), number), found_boxes[one], count + part[order], ranks[order]))
+            found.append((numbers[at[one]], cut[one], count + part[order], ranks[order]))
             count += len(one)
         if not found:
             return cls(*(np.zeros(shape, dtype=np.int64) for shape in (0, (0, 4), 0, 0)))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from meshloom.parallel.exchange_levels import exchange_levels
-from meshloom.parallel.matrix_plan import MatrixPlan, Span, Wave, choose_owners
+from meshloom.parallel.matrix_plan import MatrixPlan, Parts, Span, Wave, choose_owners
 from meshloom.parallel.routes import Hop, Numbers
 
 MATRICES = ((12, 5), (7, 4), (3, 3), (2, 6), (12, 5))
@@ -89,6 +89,26 @@ def travel(case: Case, ways: list[list[Hop]], held: dict[int, set[int]]) -> tupl
         assert not any(messages.values()), "whatever is sent is received"
         held = arrived
     return held, crossings
+
+
+@pytest.mark.parametrize(("shards", "tp", "copies"), [(1, 1, 1), (3, 1, 2), (5, 2, 1), (16, 1, 1), (30, 2, 1)])
+def test_parts_are_what_a_bare_loop_finds(shards: int, tp: int, copies: int) -> None:
+    """Matrices of unlike rows are stacked in parameters, and shards end anywhere in them; some ranks have nothing."""
+    heights = ((3, 1, 4, 1, 5, 9), (7,), (2, 6, 2))
+    spans = [(at, sum(rows[:number]), rows[number], 5 + at) for at, rows in enumerate(heights) for number in range(len(rows))]
+    boxes = boxes_of(tuple((sum(rows), 5 + at) for at, rows in enumerate(heights)), copies, shards, tp)
+    parts = Parts.find(spans, boxes)
+    expected: dict[tuple[int, ...], list[int]] = {}
+    for matrix, (parameter, first, rows, _) in enumerate(spans):
+        for rank in range(len(boxes)):
+            row, column, height, width = boxes[rank, parameter].tolist()
+            begin, end = max(row, first), min(row + height, first + rows)
+            if begin < end and width:
+                expected.setdefault((matrix, begin, column, end - begin, width), []).append(rank)
+    found = [(matrix, *box) for matrix, box in zip(parts.matrix.tolist(), parts.boxes.tolist(), strict=True)]
+    assert found == sorted(expected)
+    assert [parts.ranks[parts.held == part].tolist() for part in range(len(found))] == [expected[each] for each in found]
+    assert (np.diff(parts.held) >= 0).all()
 
 
 @pytest.mark.parametrize("case", CASES)
