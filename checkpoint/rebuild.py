@@ -2,8 +2,9 @@
 
 A pipeline's stage writes its layers into files of its own. Where these files are gone, the layers in them become weighted means
 of as many layers before and behind them. A file that is there is never replaced: what it holds may be good.
- The paper's weights are squared norms of the neighbouring stages' gradients. Adam's
-second moments are averages of squared gradients, so their sum is that norm, averaged over some steps in place of the last.
+
+The paper's weights are squared norms of the neighbouring stages' gradients. Adam's second moments are averages of squared
+gradients, so their sum is that norm, averaged over some steps in place of the last.
 
 First moments begin at zero, as the paper's fresh optimizer does. Second moments are means, too: steps are counted once for the
 whole optimizer, and moments of zero would be taken for long averages, which makes the first updates several times too large.
