@@ -9,6 +9,7 @@ traceback; ranks that wait for it are ended.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import multiprocessing
@@ -40,7 +41,7 @@ def _child(rank: int, world_size: int, store: str, pipe: Any, timeout: float, bo
     except BaseException:  # whatever went wrong is for the parent to report
         result = pickle.dumps((False, traceback.format_exc()))
     pipe.send_bytes(result)
-    pipe.close()
+    pipe.poll(timeout)  # the parent has all results: before, an end could reset a connection that a peer still reads from
     os._exit(0)  # no interpreter shutdown: a peer that died must not make this one hang
 
 
@@ -54,7 +55,7 @@ def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: fl
         children: list[Any] = []
         pipes: list[Any] = []
         for rank in range(world_size):
-            here, there = context.Pipe(duplex=False)
+            here, there = context.Pipe()
             child = context.Process(
                 target=_child, args=(rank, world_size, f"{folder}/store", there, timeout, body, args), daemon=False
             )
@@ -84,9 +85,13 @@ def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: fl
                         failure = f"rank {rank} of {world_size} failed:\n{value}"
                         break
         finally:
-            for child in children:
+            for child, pipe in zip(children, pipes, strict=True):
                 if failure is not None:
                     child.kill()
+                    continue
+                with contextlib.suppress(OSError):  # one that was killed behind its result
+                    pipe.send_bytes(b"end")
+            for child in children:
                 child.join(10)
         if failure is not None:
             raise AssertionError(failure)

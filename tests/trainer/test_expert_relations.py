@@ -35,6 +35,7 @@ def problems_of(composer: Composer, world_size: int, *overrides: str) -> dict[st
         (4, "batch=norm_test"),
         (8, "parallel.ep=4 parallel.replicate=2"),
         (2, f"{HYBRID} parallel.ep=2"),
+        (2, f"{HYBRID} batch=norm_test"),
     ],
 )
 def test_mixtures_run_in_these_layouts(composer: Composer, world_size: int, words: str) -> None:
@@ -53,7 +54,6 @@ def test_mixtures_run_in_these_layouts(composer: Composer, world_size: int, word
         (f"{HYBRID} balance.sequence=0.1 balance.counts=prefix", "balance.sequence", "use 0"),
         (f"{HYBRID} balance.sequence=0.1 balance.counts=prefix", "balance.counts", "use past or exact"),
         (f"{HYBRID} model.experts.capacity=2", "model.experts.capacity", "use null"),
-        (f"{HYBRID} batch=norm_test", "batch", "critical_loss, or parallel.hdp=none"),
         ("parallel.ep=4", "parallel.ep", "does not divide the 2 ranks of a pipeline stage"),
         ("parallel.ep=2 model.experts.count=5", "parallel.ep", "5 experts (model.experts.count) can't be dealt to 2 ranks"),
         ("parallel.ep=2 parallel.engine=deepspeed", "parallel.ep", "data-parallel only"),
