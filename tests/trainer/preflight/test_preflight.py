@@ -68,7 +68,7 @@ def test_processors_are_not_compared() -> None:
 
 
 def test_usual_rates_are_those_of_the_data_sheet() -> None:
-    assert usual_rate(H200, "product") == pytest.approx(989e12 * 0.80) and usual_rate(H200, "copy") == pytest.approx(
+    assert usual_rate(H200, "product") == pytest.approx(989e12 * 0.75) and usual_rate(H200, "copy") == pytest.approx(
         4.8e12 * 0.88
     )
     assert usual_rate("Some GPU", "product") is None
