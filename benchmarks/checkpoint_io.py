@@ -69,16 +69,21 @@ class Bench:
         return path
 
 
-def raw(bench: Bench, memory: mmap.mmap) -> Times:
-    """The floor: the bytes of a page-aligned buffer with O_DIRECT, then fsync."""
-    path = bench.fresh()
-    start = time.perf_counter()
+def write_raw(path: Path, memory: mmap.mmap) -> None:
+    """Write a buffer past the page cache, and fsync."""
     descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_DIRECT)
     view = memoryview(memory)
     for at in range(0, len(view), 8 << 20):
         os.pwrite(descriptor, view[at : at + (8 << 20)], at)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def raw(bench: Bench, memory: mmap.mmap) -> Times:
+    """The floor: the bytes of a page-aligned buffer with O_DIRECT, then fsync."""
+    path = bench.fresh()
+    start = time.perf_counter()
+    write_raw(path, memory)
     took = time.perf_counter() - start
     path.unlink()
     return {"blocks": took, "total": took}

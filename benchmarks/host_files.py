@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoint_io import write_raw
 from torch._C._distributed_c10d import FileStore
 
 from meshloom.checkpoint.checkpointer import Checkpointer
@@ -46,16 +47,6 @@ def held_by(rank: int, ranks: int, gib: float) -> list[Fragment]:
     rows = int(gib * 2**28 / columns / TENSORS / ranks)
     box = Box((rank * rows, 0), (rows, columns))
     return [Fragment(f"t{i}", "weight", (rows * ranks, columns), box, torch.randn(rows, columns)) for i in range(TENSORS)]
-
-
-def write_raw(path: Path, memory: mmap.mmap) -> None:
-    """Write a buffer past the page cache, and fsync."""
-    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_DIRECT)
-    view = memoryview(memory)
-    for at in range(0, len(view), 8 << 20):
-        os.pwrite(descriptor, view[at : at + (8 << 20)], at)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def forget(folder: Path) -> None:

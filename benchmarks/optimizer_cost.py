@@ -1,4 +1,4 @@
-"""What optimizers cost a step beside AdamW: Llama 1B on random tokens, seconds of a step and memory.
+"""Measure the cost of optimizers beside AdamW: seconds and memory of a step of Llama 1B on random tokens.
 
     python benchmarks/optimizer_cost.py
     python benchmarks/optimizer_cost.py runs=adamw,muon,adamw model=tiny steps=2

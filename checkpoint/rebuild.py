@@ -68,7 +68,7 @@ class RebuiltLayers:
 
 @dataclass(frozen=True)
 class RebuildPlan:
-    """What is read in the place of lost arrays.
+    """The arrays that are read in the place of lost ones.
 
     layers  that are rebuilt
     parts   key of a lost array → keys of those that it is the mean of, with their shares; none: it begins at zero

@@ -136,7 +136,7 @@ def _always(fragments: Iterable[Fragment]) -> Chooser:
 
 @dataclass(frozen=True)
 class _Ways:
-    """How strictly steps are restored, and of which kinds layers are, where those that are lost are rebuilt: see `restore`."""
+    """Settings of `restore`: its strictness, and the kinds of layers for those that are rebuilt."""
 
     strict: bool
     rebuild: KindOf | None

@@ -48,7 +48,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class WorkerRows:
-    """How one data rank's micro-batches make up workers, where a worker is not each micro-batch by itself.
+    """Workers of one data rank, where a worker is not each micro-batch by itself.
 
     ranks  data ranks that share their workers, neighbours: the first is a multiple of it
     own    the numbers of these workers in the batch

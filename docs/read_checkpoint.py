@@ -68,7 +68,7 @@ class Checkpoint:
                 raise ValueError(f"{key}: its boxes do not make it up")
 
     def _end(self, start, size):
-        """Where a file ends, or a segment: behind its digests, and zeros up to the next page."""
+        """The end of a file, or of a segment: behind its digests, and zeros up to the next page."""
         if self.manifest["version"] < 5:
             return size
         leaf, block = self.manifest["leaf_bytes"], self.manifest["block_bytes"]

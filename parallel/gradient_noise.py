@@ -65,7 +65,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class _Turn:
-    """What a micro-batch is to the workers of its rank.
+    """The part of a micro-batch in the workers of its rank.
 
     worker  of which it is a part; None: it is blank on all ranks that share workers with this one
     last    whether it is the last of the worker's micro-batches

@@ -28,7 +28,7 @@ BTHD, BHT = -3, -1
 """Dim of positions of queries and what is shaped as they are, and of log-sum-exps and delta."""
 
 Moving = Sequence[tuple[Sequence[torch.Tensor], int]]
-"""What a member sends: of each message the tensors that are stacked in it, and their dim of positions."""
+"""Messages of a member: the tensors that are stacked in each, and their dim of positions."""
 
 
 def queries_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: RingCall) -> tuple[torch.Tensor, torch.Tensor]:

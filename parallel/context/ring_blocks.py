@@ -1,4 +1,4 @@
-"""What a member of a ring computes: attention of its own sequences, and of blocks between members; results are added up.
+"""Attention of a ring member's own sequences, and of blocks between members, whose results are added up.
 
 Shape legend: see `ring.py`.
 """

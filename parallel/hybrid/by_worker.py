@@ -20,7 +20,7 @@ from .lockstep import SHARING, fewest_rows, first_fast, plans_of_rows
 from .planning import assign
 
 SENT = 2048
-"""What a row is charged: tokens that a rank computes while it sends its gradient once, in bf16 at 50 GB/s and 400 TFLOP/s."""
+"""Charge for a row: tokens that a rank computes while it sends its gradient once, in bf16 at 50 GB/s and 400 TFLOP/s."""
 
 Deal = Callable[[Sequence[int], int], HybridAssignment]
 """Deal documents of these lengths to so many ranks, which run their rows together."""

@@ -203,7 +203,7 @@ def test_without_second_moments_the_shares_are_halves(tmp_path: Path, momentum: 
 
 
 def test_the_outermost_layer_stands_for_those_beyond_it(tmp_path: Path) -> None:
-    """Where the stage beside is shorter than the lost one. It counts twice in the shares: they are equal for equal moments."""
+    """A stage beside may be shorter than the lost one. Its layer counts twice, so equal moments give equal shares."""
     arrays = {key: each for key, each in model().items() if "layers.5" not in key}
     arrays |= {key: torch.ones_like(each) for key, each in arrays.items() if key.startswith("exp_avg_sq")}
     step = save(tmp_path, arrays)

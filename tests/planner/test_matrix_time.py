@@ -96,7 +96,7 @@ def test_ranks_share_the_work_and_pay_for_the_way() -> None:
 
 
 def test_results_come_back_to_every_copy() -> None:
-    """Where each of 16 ranks has all matrices it gets all results, a host each from the other once; it sends a part."""
+    """Each of 16 ranks has all matrices and gets all results, a host each from the other once; it sends a part."""
     cluster = load_cluster(["cluster=h100x16"])
     work = MatrixWork(MuonConfig(ns_steps=0), {(4096, 4096): 64}, 16)
     inside, between = level_groups(cluster, (8, 2), 1, 16)

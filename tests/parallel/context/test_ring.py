@@ -270,7 +270,7 @@ def _in_bf16_through_windows(rank: int, size: int) -> list[list[torch.Tensor]]:
 
 
 def test_moving_queries_stay_within_bf16_through_windows() -> None:
-    """Where values and gradients have a large mean, products of gradient and output cancel: those are sent in fp32."""
+    """Products of gradient and output cancel if values and gradients have a large mean: they are sent in fp32."""
     # (of the output, dq, dk, dv). Keys that move: (0.0022, 0.0031, 0.0030, 0.0028) and (0.0020, 0.038, 0.0090, 0.0020).
     plain, shifted = (0.003, 0.004, 0.0035, 0.0035), (0.003, 0.06, 0.014, 0.003)
     results = run_ranks(4, _in_bf16_through_windows)
