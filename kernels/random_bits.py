@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -17,9 +18,9 @@ _CHUNK = 1 << 22  # elements drawn at once: bounds the memory of the integer tem
 
 def random_bits(key: int, index: torch.Tensor) -> torch.Tensor:
     """Hash int64 element indices into int64 bit patterns, by SplitMix64's output function. key: of 64 bits."""
-    state = (index + 1) * _signed(_GOLDEN) + _signed(key)
-    z = (state ^ shift_right(state, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ shift_right(z, 27)) * _signed(0x94D049BB133111EB)
+    state = (index + 1) * signed64(_GOLDEN) + signed64(key)
+    z = (state ^ shift_right(state, 30)) * signed64(0xBF58476D1CE4E5B9)
+    z = (z ^ shift_right(z, 27)) * signed64(0x94D049BB133111EB)
     return z ^ shift_right(z, 31)
 
 
@@ -28,8 +29,8 @@ def shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed(value: int) -> int:
-    """Return the int64 with the same 64 bits."""
+def signed64(value: int) -> int:
+    """Return the int64 with the same lower 64 bits."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
 
@@ -55,3 +56,34 @@ def indexed_rows(
             index = index + along.view([-1 if d == dim else 1 for d in range(len(extents))])
             stride *= global_shape[dim]
         yield rows, index
+
+
+@dataclass(frozen=True)
+class BoxIndex:
+    """Where a box lies in the whole array: its element i has the index first + i // length · stride + i % length.
+
+    first   index of the box's first element
+    length  elements of a row, which lie side by side in the whole array
+    stride  elements of the whole array from the begin of one row to that of the next
+    """
+
+    first: int
+    length: int
+    stride: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], global_shape: tuple[int, ...], offsets: tuple[int, ...]) -> BoxIndex | None:
+        """Return the index of a box of this shape at `offsets`; None where it is cut so that its rows are not evenly apart."""
+        first, stride = 0, 1
+        runs = [[1, 1]]  # [elements, distance] of each dim of the box, from the last; dims that are not cut join the one before
+        for extent, whole, offset in reversed(list(zip(shape, global_shape, offsets, strict=True))):
+            first += offset * stride
+            count, distance = runs[-1]
+            if extent != 1 and count * distance == stride:
+                runs[-1][0] *= extent
+            elif extent != 1:
+                runs.append([extent, stride])
+            stride *= whole
+        if len(runs) > 2:
+            return None
+        return cls(first, runs[0][0], runs[1][1] if len(runs) == 2 else 0)

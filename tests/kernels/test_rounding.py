@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from meshloom.kernels.random_bits import BoxIndex, indexed_rows
 from meshloom.kernels.rounding import round_stochastic, split_in_two
 
 
@@ -48,3 +50,31 @@ def test_two_numbers_hold_sixteen_bits() -> None:
     split_in_two(values, high, low)
     assert torch.equal(high, values.bfloat16())
     assert float(((high.double() + low.double() - values) / values).abs().max()) <= 2.0**-17
+
+
+BOXES = [
+    ((13, 10), (13, 10), (0, 0)),
+    ((4, 10), (13, 10), (3, 0)),
+    ((4, 7), (13, 10), (3, 2)),
+    ((4, 1), (13, 10), (3, 9)),
+    ((1, 7), (13, 10), (3, 2)),
+    ((3, 4, 5), (6, 4, 5), (3, 0, 0)),
+    ((3, 2, 5), (6, 4, 5), (3, 2, 0)),
+    ((3, 4, 2), (6, 4, 5), (3, 0, 3)),
+    ((1, 2, 2), (6, 4, 5), (3, 2, 3)),
+    ((7,), (9,), (2,)),
+    ((), (), ()),
+]
+
+
+@pytest.mark.parametrize(("shape", "whole", "offsets"), BOXES)
+def test_three_numbers_say_where_a_box_lies(shape: tuple[int, ...], whole: tuple[int, ...], offsets: tuple[int, ...]) -> None:
+    box = BoxIndex.of(shape, whole, offsets)
+    assert box is not None
+    ((_, expected),) = indexed_rows(shape, whole, offsets, torch.device("cpu"))
+    at = torch.arange(expected.numel())
+    assert torch.equal(box.first + at // box.length * box.stride + at % box.length, expected.flatten())
+
+
+def test_a_box_of_uneven_rows_has_no_three_numbers() -> None:
+    assert BoxIndex.of((3, 2, 3), (6, 4, 5), (0, 0, 0)) is None
