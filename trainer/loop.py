@@ -332,6 +332,11 @@ class Loop:
         """Exclude the time since the last step (of an evaluation, for example) from the next step's seconds."""
         self._began = DeviceTimestamp(self.mesh.device)
 
+    @property
+    def all_delivered(self) -> bool:
+        """True if the hooks have the numbers of every step so far. As a rule those of the newest are still on their way."""
+        return not self._pending
+
     def deliver_metrics(self, keep: int) -> bool:
         """Hand the numbers of finished steps to the hooks, except the newest `keep`, which may still be computing.
 

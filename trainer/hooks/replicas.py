@@ -36,8 +36,9 @@ class _Compared:
 class CompareReplicas(Hook):
     """Compares at every `every`-th step (0: never by itself), before saves, and at the end of the run; islands each their own.
 
-    Hashes are computed on the device after the update. The host reads them with the step's numbers, which are a step late, so
-    it does not wait for them. A save of a step is confirmed after that, so no save holds what has not been compared.
+    Hashes are computed on the device after the update. The host reads them with the step's numbers, which are a step late as a
+    rule, so it does not wait for them; where it has these already (an evaluation or the controller needs them), at once. A save
+    of a step comes or is confirmed after that, so no save holds what has not been compared.
 
     A difference has spread by then: every rank's gradient has seen it. So the run goes back to the last checkpoint, on which
     all agreed. When it comes by the step again, the element that differed tells which copy was wrong, if no majority has:
@@ -69,7 +70,7 @@ class CompareReplicas(Hook):
         self._intervals = self._intervals if found.sets else []
 
     def on_step_end(self, loop: Loop) -> None:
-        """Start a comparison if one is due."""
+        """Start a comparison if one is due. Raises as `on_metrics` where the step's numbers are known already."""
         self._judge(loop)
         step = loop.progress.step
         ends = loop.finished or loop.stopping  # a last save follows
@@ -82,6 +83,8 @@ class CompareReplicas(Hook):
         table = self._replicas.table()
         numbers = DeferredIntegers(torch.cat([self._replicas.differing(table)[None], table]))
         self._compared = _Compared(step, self._replicas, numbers)
+        if loop.all_delivered:  # no row of this step is to come, and a save of it would be confirmed at once
+            self._read(loop, self._compared)
 
     def on_repeat(self, loop: Loop, step: int) -> None:
         """Drop a comparison of a step that is taken again."""
@@ -89,9 +92,10 @@ class CompareReplicas(Hook):
 
     def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
         """Read the comparison of the step. Raises RewindNeeded or TrainingDiverged on all ranks where copies differ."""
-        compared = self._compared
-        if compared is None or row["step"] < compared.step:
-            return
+        if self._compared is not None and row["step"] >= self._compared.step:
+            self._read(loop, self._compared)
+
+    def _read(self, loop: Loop, compared: _Compared) -> None:
         self._compared = None
         differing, *table = compared.numbers.read()
         if not differing:

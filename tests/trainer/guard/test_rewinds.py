@@ -50,11 +50,19 @@ def test_a_flipped_bit_is_noticed_and_costs_no_loss(tmp_path: Path, mode: str) -
     assert (rewind["step"], rewind["to"], rewind["ranges"]) == (5, 3, [])
 
 
-def test_of_two_copies_a_replay_tells_which_was_wrong(tmp_path: Path) -> None:
-    run(2, tmp_path, "trainer.steps=6", "trainer.compare_replicas_every=0", hook("FlipBit", step=5, rank=0))
+@pytest.mark.parametrize(
+    "early",  # what makes the numbers of a step known before its copies are compared
+    [["trainer.eval_every=6"], ["batch=critical_loss", "batch.max=8", "batch.alpha=0.1", "batch.tokens=1e6"]],
+    ids=["evaluation", "controller"],
+)
+def test_of_two_copies_a_replay_tells_which_was_wrong(tmp_path: Path, early: list[str]) -> None:
+    """At a step that is saved, and the last: neither the save nor the end of the run comes before the comparison."""
+    run(2, tmp_path, "trainer.steps=6", "trainer.compare_replicas_every=0", hook("FlipBit", step=5, rank=0), *early)
     first, second = read_incidents(tmp_path)
     assert (first["step"], first["rank"], first["details"]["odd"]) == (6, None, [0, 1])
     assert second["kind"] == "replicas_judged" and second["rank"] == 0 and "the copy of rank 0 was wrong" in second["message"]
+    (rewind,) = read_journal(tmp_path / "checkpoints")
+    assert (rewind["step"], rewind["to"]) == (6, 3)
 
 
 def test_after_a_spike_the_run_goes_back_and_leaves_its_samples_out(tmp_path: Path) -> None:
