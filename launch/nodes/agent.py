@@ -221,7 +221,7 @@ class Machine:
             if self._link is None:
                 return None
         try:
-            answer = self._link.ask(self._about())
+            answer = self._link.ask(self._about(), "order")
         except OSError as error:
             silent = not self._known or isinstance(error, TimeoutError)
             if silent and self._term is not None:  # its machine, or another program there, may still take connections

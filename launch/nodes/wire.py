@@ -1,4 +1,4 @@
-"""Requests and answers between a machine and the one that leads: a JSON object a line, over one TCP connection."""
+"""Requests and answers between launchers: a JSON object a line, over one TCP connection."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ Message = dict[str, Any]
 
 
 class Link:
-    """A connection to the leader. Every method raises OSError once the leader is lost."""
+    """A connection to a `Server`. Every method raises OSError once its process is lost."""
 
     def __init__(self, host: str, port: int) -> None:
         self._socket = socket.create_connection((host, port), ANSWER_SECONDS)
         self._lines = self._socket.makefile("rb")
 
-    def ask(self, message: Message) -> Message:
-        """Send a request, and return the answer."""
+    def ask(self, message: Message, key: str) -> Message:
+        """Send a request, and return the answer. key: what every answer has; one without it is another program's."""
         self._socket.sendall(json.dumps(message).encode() + b"\n")
         line = self._lines.readline(LONGEST)
         if not line.endswith(b"\n"):
-            raise ConnectionResetError("the leader has closed the connection")
+            raise ConnectionResetError("the connection is closed")
         try:
             answer = json.loads(line)
         except ValueError:
             answer = None
-        if not isinstance(answer, dict) or "order" not in answer:  # another program listens on the leader's port
-            raise ConnectionResetError("no answer of a leader")
+        if not isinstance(answer, dict) or key not in answer:
+            raise ConnectionResetError("another program listens on the port")
         return cast(Message, answer)
 
     def close(self) -> None:

@@ -34,6 +34,8 @@ PAUSED_SECONDS = 2.0
 """A poll that comes so late says that this host was suspended: its silence counts for nobody."""
 LOST_SECONDS = 5.0
 """Seconds without news after which a host does not answer. It is judged much later: see `judge.LOST_SECONDS`."""
+TOLD_SECONDS = 2 * POLL_SECONDS
+"""Time for other hosts to hear that the run is ended, before this host's ranks end and with them perhaps its launcher."""
 STACKS = 8
 """At most so many stacks are read at a time: each takes up to half a second."""
 EARLY_SECONDS = 1.0
@@ -101,11 +103,13 @@ class HostWatch(threading.Thread):
                 if told not in self._faults:
                     self._faults.add(told)
                     self._say(f"{self._host}: the watch over the ranks has failed, and goes on: {told}")
+        self._disconnect()
 
     def _poll(self, folder: AttemptFolder, about: Mapping[str, Any], now: float) -> None:
         attempt = int(folder.path.name.rpartition("-")[2])
         if attempt != self._attempt:
-            self._attempt, self._named, self._news = attempt, (), None
+            self._attempt, self._named = attempt, ()
+            self._disconnect()
             self._stacks, self._seen = {}, {}
         if attempt <= self.over or (self.ended is not None and self.ended.attempt == attempt):
             return
@@ -187,11 +191,17 @@ class HostWatch(threading.Thread):
                 self._obey(json.loads(ended))
             self._lost = now
         except (OSError, ValueError, KeyError) as error:  # its host is gone
-            self._news = None
+            self._disconnect()
             if self._lost and now - self._lost > LOST_SECONDS:
                 self._lost = 0.0
                 self._say(f"{self._host}: the launcher of rank 0's host does not answer ({type(error).__name__})")
         return []
+
+    def _disconnect(self) -> None:
+        """Close the connection to the judging host; the next exchange makes another."""
+        if self._news is not None:
+            self._news.close()
+            self._news = None
 
     def _prefix(self, about: Mapping[str, Any]) -> str:
         """Return what names of values begin with: hosts of another launch or attempt are not heard."""
@@ -239,6 +249,7 @@ class HostWatch(threading.Thread):
         self.ended = Ended(self._attempt, first.rank, first.host, message)
         if self._store is not None:
             self._store.set(f"{self._prefix(about)}/ended", json.dumps(asdict(self.ended)))
+            self._over.wait(TOLD_SECONDS)
         self._kill()
         self._tell(about, "hang", f"run ended: {message}", silence)
 

@@ -44,8 +44,12 @@ class NewsLink:
 
     def get(self, name: str) -> str | None:
         """Return a value; None if there is none."""
-        return self._link.ask({"id": "news", "name": name})["value"]
+        return self._link.ask({"id": "news", "name": name}, "value")["value"]
 
     def set(self, name: str, value: str) -> None:
         """Keep a value."""
-        self._link.ask({"id": "news", "name": name, "value": value})
+        self._link.ask({"id": "news", "name": name, "value": value}, "value")
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._link.close()

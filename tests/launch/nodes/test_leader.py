@@ -362,7 +362,7 @@ def test_requests_are_answered_and_a_lost_connection_is_told() -> None:
     lost: list[str] = []
     server = Server(lambda message: {"order": message["id"]}, lost.append)
     link = Link("127.0.0.1", server.port)
-    assert link.ask({"id": "a"}) == {"order": "a"}
+    assert link.ask({"id": "a"}, "order") == {"order": "a"}
     with socket.create_connection(("127.0.0.1", server.port)) as stranger:
         stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
         assert stranger.recv(10) == b""
@@ -371,7 +371,7 @@ def test_requests_are_answered_and_a_lost_connection_is_told() -> None:
         assert stranger.recv(10) == b""
     server.close()
     with pytest.raises(OSError, match="closed"):
-        link.ask({"id": "a"})
+        link.ask({"id": "a"}, "order")
     link.close()
 
 
@@ -380,7 +380,7 @@ def test_a_fault_of_the_leader_is_not_taken_for_a_lost_machine(capsys: pytest.Ca
     for _ in range(2):
         link = Link("127.0.0.1", server.port)
         with pytest.raises(OSError, match="closed"):
-            link.ask({"id": "a"})
+            link.ask({"id": "a"}, "order")
         link.close()
     server.close()
     assert capsys.readouterr().err.count("KeyError: 'missing'") == 1

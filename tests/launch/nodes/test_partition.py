@@ -319,7 +319,7 @@ def test_a_leader_answers_once_it_knows_what_it_leads(tmp_path: Path) -> None:
     }
     about |= {"report": None, "leaving": False, "knows": memory.digest, "memory": None, "common": None, **credentials(term)}
     answers: list[dict[str, Any]] = []
-    asking = threading.Thread(target=lambda: answers.append(Link("127.0.0.1", own.port).ask(about)), daemon=True)
+    asking = threading.Thread(target=lambda: answers.append(Link("127.0.0.1", own.port).ask(about, "order")), daemon=True)
     asking.start()
     asking.join(0.2)
     assert not answers
