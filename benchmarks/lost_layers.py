@@ -4,7 +4,8 @@
 
 One run trains undisturbed. At some of its steps the checkpoint is saved by a pipeline of four stages, and a copy of it loses
 the file of one stage. A run goes on from there with `checkpoint.lost_layers=neighbours`. It is behind the undisturbed one by
-as many steps as that had taken to the same validation loss. Runs that were made before are only read.
+as many steps as that had taken to the same validation loss. Another run goes back to the last whole checkpoint instead. Runs
+that were made before are only read.
 """
 
 # pyright: basic, reportMissingImports=false
@@ -88,6 +89,15 @@ def rebuilt(folder: Path, words: list[str], source: Path, step: int, stage: int,
     return out
 
 
+def restored(folder: Path, words: list[str], source: Path, step: int, until: int) -> Path:
+    """Train on from a whole step before the loss."""
+    out = folder / f"restored-{step}"
+    if not (out / f"checkpoints/step-{until:08d}").exists():
+        begun = (out / "checkpoints/LATEST").exists()
+        train(out, [*words, "resume=auto" if begun else f"resume={source}/checkpoints/step-{step:08d}"], until)
+    return out
+
+
 def steps_behind(step: int, loss: float, curve: dict[int, float]) -> float:
     """Return by how many steps a loss is behind an undisturbed curve, between whose points lines are drawn."""
     for (early, high), (late, low) in pairwise(sorted(curve.items())):
@@ -106,27 +116,33 @@ def main() -> None:
     parser.add_argument("--lost", type=int, nargs="*", default=[100, 250], help="steps at which a stage is lost")
     parser.add_argument("--stage", type=int, default=1)
     parser.add_argument("--after", type=int, nargs="*", default=[5, 10, 20, 40, 80, 150])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--back", type=int, default=20, help="steps from the loss back to the last whole checkpoint")
     arguments, more = parser.parse_known_args()
-    folder = arguments.folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "stop_at.py").write_text(STOP_AT)
-    os.environ["PYTHONPATH"] = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
-    words = [f"data.input='{arguments.input}'", f"trainer.steps={arguments.steps}", *more]
-    source = undisturbed(folder, words, arguments.lost, max(arguments.lost) + max(arguments.after))
-    whole, whole_train = rows(source, "eval_loss"), rows(source, "loss")
-    print("| Lost at step | After so many steps | Validation loss | Undisturbed | Steps behind |")
-    print("|---:|---:|---:|---:|---:|")
-    for lost in arguments.lost:
-        out = rebuilt(folder, words, source, lost, arguments.stage, lost + max(arguments.after))
-        found = rows(out, "eval_loss")
-        print(
-            f"| {lost} | training loss of the next step | {rows(out, 'loss')[lost + 1]:.3f} | {whole_train[lost + 1]:.3f} | |"
-        )
-        for after in arguments.after:
-            step = lost + after
-            behind = steps_behind(step, found[step], whole)
-            print(f"| {lost} | {after} | {found[step]:.3f} | {whole[step]:.3f} | {behind:.0f} |", flush=True)
-        print(json.dumps([row["message"] for row in read_incidents(out)]))
+    top = arguments.folder.absolute()
+    top.mkdir(parents=True, exist_ok=True)
+    (top / "stop_at.py").write_text(STOP_AT)
+    os.environ["PYTHONPATH"] = f"{top}:{os.environ.get('PYTHONPATH', '')}"
+    last = max(arguments.after)
+    print("| Seed | Lost at step | After so many steps | Undisturbed | Rebuilt | Steps behind | Gone back | Steps behind |")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for seed in range(1, arguments.seeds + 1):
+        folder = top / f"seed-{seed}"
+        words = [f"data.input='{arguments.input}'", f"trainer.steps={arguments.steps}", f"seed={seed}", *more]
+        source = undisturbed(folder, words, arguments.lost, max(arguments.lost) + last)
+        whole = rows(source, "eval_loss")
+        for lost in arguments.lost:
+            out = rebuilt(folder, words, source, lost, arguments.stage, lost + last)
+            back = restored(folder, words, source, lost - arguments.back, lost + last - arguments.back)
+            found, again, next_loss = rows(out, "eval_loss"), rows(back, "eval_loss"), rows(out, "loss")[lost + 1]
+            whole_next = rows(source, "loss")[lost + 1]
+            print(f"| {seed} | {lost} | training loss of the next step | {whole_next:.3f} | {next_loss:.3f} | | | |")
+            for after in arguments.after:
+                step = lost + after
+                losses = found[step], again[step - arguments.back]
+                rebuilt_cells, again_cells = (f"{loss:.3f} | {steps_behind(step, loss, whole):.1f}" for loss in losses)
+                print(f"| {seed} | {lost} | {after} | {whole[step]:.3f} | {rebuilt_cells} | {again_cells} |", flush=True)
+            print(json.dumps([row["message"] for row in read_incidents(out)]))
 
 
 if __name__ == "__main__":

@@ -42,10 +42,10 @@ from meshloom.trainer.hooks.base import Hook
 class Hold(Hook):
     """Makes steps last as long as a file is there."""
     alone = True
-    def __init__(self, file, seconds):
-        self.file, self.seconds = Path(file), seconds
+    def __init__(self, file, seconds, begin=25):
+        self.file, self.seconds, self.begin = Path(file), seconds, begin
     def on_step_begin(self, loop):
-        deadline = time.monotonic() + (self.seconds if loop.progress.step >= 25 else 0.0)
+        deadline = time.monotonic() + (self.seconds if loop.progress.step >= self.begin else 0.0)
         while self.file.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
 '''

@@ -5,6 +5,7 @@ A process that has trained once has its libraries loaded and its kernels compile
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -48,18 +49,35 @@ def output(line: Sequence[str]) -> Path:
 
 def work(path: Path) -> None:
     """One process: its command lines, one after another. A run that fails does not keep the others from their turn."""
+    for line in json.loads(path.read_text()):
+        run(line)
+
+
+def run(line: Sequence[str]) -> bool:
+    """Train in this process as a command line says. Return whether the run ended well."""
     from meshloom.launch.train import main as train
 
-    for line in json.loads(path.read_text()):
-        began = time.perf_counter()
-        try:
-            code = train(line)
-        except Exception:
-            traceback.print_exc()
-            code = 1
-        if code == 0:
-            (output(line) / FINISHED).write_text(f"{time.perf_counter() - began:.1f} s\n")
-        print(f"{output(line).name}: exit code {code}, {time.perf_counter() - began:.1f} s", flush=True)
+    began = time.perf_counter()
+    try:
+        code = train(line)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code == 0:
+        (output(line) / FINISHED).write_text(f"{time.perf_counter() - began:.1f} s\n")
+    print(f"{output(line).name}: exit code {code}, {time.perf_counter() - began:.1f} s", flush=True)
+    release()
+    return code == 0
+
+
+def release() -> None:
+    """Let go of a run's memory: what was compiled holds its model, and counts towards the compiler's limit of variants."""
+    import torch
+
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
