@@ -294,7 +294,7 @@ def _build(
         if MeasureWaiting.can_measure(dealer):
             hooks.append(MeasureWaiting())
         if config.trainer.sample_prompt is not None:
-            hooks += _sample_hooks(config, build, data.tokenizer, saved=saving is not None)
+            hooks += _sample_hooks(config, build, data.tokenizer, settings.compute, saved=saving is not None)
         if shape is not None and mixtures:
             hooks += [WarnOfCollapse(shape.experts), ExpertMap(mixtures, output_dir / "experts")]
         hooks += default_loggers(config.logging, output_dir, plain_config(config))
@@ -380,7 +380,9 @@ def _task_evaluation(
     return TaskEvaluation(config.tasks, build, data.tokenizer, dtype, beginning_token(data.tokenizer, settings))
 
 
-def _sample_hooks(config: RunConfig, build: Callable[[], Model], codec: TextCodec | None, *, saved: bool) -> list[Hook]:
+def _sample_hooks(
+    config: RunConfig, build: Callable[[], Model], codec: TextCodec | None, dtype: torch.dtype, *, saved: bool
+) -> list[Hook]:
     """Build the hook that samples text at the end of the run; none where there is no tokenizer or no checkpoint."""
     prompt, tokens = config.trainer.sample_prompt, config.trainer.sample_tokens
     assert prompt is not None
@@ -388,4 +390,4 @@ def _sample_hooks(config: RunConfig, build: Callable[[], Model], codec: TextCode
         why = "the data has no text" if codec is None else "the run saves nothing (checkpoint.every=0)"
         log.warning("trainer.sample_prompt: there will be no sample, because %s", why)
         return []
-    return [SampleText(prompt, tokens, build, codec, config.seed, checkpoint_folder(config))]
+    return [SampleText(prompt, tokens, build, codec, config.seed, checkpoint_folder(config), dtype)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from meshloom.models.decoder import Decoder
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment
 from meshloom.trainer.generation import Sampling, generate_texts, sample_token
+from meshloom.trainer.hooks.sampling import SampleText
 from meshloom.trainer.whole_model import load_whole_model
 from support.models import decoder
 
@@ -83,25 +86,65 @@ def test_temperature_zero_takes_the_likeliest_and_seeds_repeat() -> None:
     assert first(3) == first(3) != first(4)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_plain_model_gets_a_checkpoints_weights(tmp_path: Path, tied: bool) -> None:
-    def build() -> Decoder:
-        return decoder(dim=8, layers=2, heads=2, kv_heads=1, ffn_dim=16, vocabulary=11, tied=tied)
+def build(tied: bool = False) -> Decoder:
+    return decoder(dim=8, layers=2, heads=2, kv_heads=1, ffn_dim=16, vocabulary=27, tied=tied)
 
-    torch.manual_seed(0)
-    original = build()
+
+def empty() -> Decoder:
+    with torch.device("meta"):
+        return build()
+
+
+def save(model: nn.Module, folder: Path) -> None:
     fragments = [
         Fragment(name, "weight", tuple(parameter.shape), Box.whole(parameter.shape), parameter.detach())
-        for name, parameter in original.named_parameters()
+        for name, parameter in model.named_parameters()
     ]
-    checkpointer = Checkpointer(tmp_path, Control.alone(), CheckpointConfig(mode="sync"))
+    checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync"))
     checkpointer.save(7, iter(fragments), {})
     checkpointer.finish()
     checkpointer.close()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_plain_model_gets_a_checkpoints_weights(tmp_path: Path, tied: bool) -> None:
+    torch.manual_seed(0)
+    original = build(tied)
+    save(original, tmp_path)
     found = find_latest(tmp_path)
     assert found is not None
     with torch.device("meta"):
-        empty = build()
-    loaded = load_whole_model(empty, found, torch.device("cpu"), torch.float32)
+        model = build(tied)
+    loaded = load_whole_model(model, found, torch.device("cpu"), torch.float32)
     tokens = torch.arange(6).unsqueeze(0)
     assert torch.equal(loaded(tokens), original(tokens))
+
+
+def sampled(folder: Path, make: Callable[[], nn.Module], dtype: torch.dtype) -> Path:
+    """Where the sample of a run's end is, if there is one."""
+    loop: Any = SimpleNamespace(mesh=SimpleNamespace(device=torch.device("cpu")), horizon=SimpleNamespace(seq_len=8))
+    SampleText("ab", 3, make, Letters(), 0, str(folder), dtype).on_run_end(loop, folder)
+    return folder / "sample.txt"
+
+
+def test_the_end_of_a_run_has_a_sample_in_the_run_s_precision(tmp_path: Path) -> None:
+    save(build(), tmp_path)
+    built: list[nn.Module] = []
+
+    def make() -> nn.Module:
+        built.append(empty())
+        return built[-1]
+
+    assert sampled(tmp_path, make, torch.bfloat16).read_text().startswith("ab")
+    assert {parameter.dtype for parameter in built[0].parameters()} == {torch.bfloat16}
+
+
+def test_a_model_that_does_not_fit_is_no_end_of_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(build(), tmp_path)
+
+    def make() -> nn.Module:
+        raise torch.OutOfMemoryError("tried to allocate 131.42 GiB")
+
+    assert not sampled(tmp_path, make, torch.float32).exists()
+    (message,) = caplog.messages
+    assert "no sample" in message and "131.42 GiB" in message and f"meshloom generate checkpoint={tmp_path}" in message
