@@ -61,6 +61,7 @@ class ExpertMap(Hook):
     def __init__(self, layers: Sequence[int], folder: Path) -> None:
         self._layers, self._folder = list(layers), folder
         self._windows: list[Window] = []
+        self._counted: dict[int, torch.Tensor] = {}  # step → assignments (L, E) of steps that may be taken again
         self._length = 1
         self._given_up = False
 
@@ -71,10 +72,16 @@ class ExpertMap(Hook):
             self._try(lambda: self._read(path, loop.progress.step))
 
     def before_update(self, loop: Loop) -> None:
-        """Add the step's counts to the window, on the device."""
+        """Note the step's counts, on the device. A step that is taken again replaces itself."""
         counts_LE = loop.engine.assignments()
         if counts_LE is not None and not self._given_up:
-            step = loop.progress.step + 1
+            self._counted[loop.progress.step + 1] = counts_LE
+
+    def on_metrics(self, loop: Loop, row: dict[str, Any]) -> None:
+        """Add the step's counts to the window: now it will not be taken again."""
+        step = row["step"]
+        counts_LE = self._counted.pop(step, None)
+        if counts_LE is not None and not self._given_up:
             self._windows.append(Window(step, step, counts_LE))
             self._merge()
 

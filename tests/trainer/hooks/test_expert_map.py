@@ -26,16 +26,27 @@ class Seen(list[tuple[str, Any]]):
         self.append((name, picture))
 
 
+def loop_of(seen: Seen, step: int) -> Any:
+    return SimpleNamespace(progress=SimpleNamespace(step=step), hooks=[seen], engine=SimpleNamespace())
+
+
+def take(hook: ExpertMap, loop: Any, step: int) -> None:
+    """Take a step, in which layer 1 gives expert 0 as many tokens as its number and nothing else, and layer 3 all one each."""
+    counts = torch.tensor([[float(step), 0, 0], [1, 1, 1]], dtype=torch.float64)
+    loop.progress.step = step - 1
+    loop.engine.assignments = lambda: counts
+    hook.before_update(loop)
+    loop.progress.step = step
+
+
 def run(folder: Path, first: int, last: int) -> Seen:
-    """A run of steps, in the s-th of which layer 1 gives expert 0 s tokens and the others none, and layer 3 all one each."""
+    """A run of these steps."""
     hook, seen = ExpertMap([1, 3], folder), Seen()
-    loop: Any = SimpleNamespace(progress=SimpleNamespace(step=first - 1), hooks=[seen], engine=SimpleNamespace())
+    loop = loop_of(seen, first - 1)
     hook.on_run_accepted(loop)
     for step in range(first, last + 1):
-        counts = torch.tensor([[float(step), 0, 0], [1, 1, 1]], dtype=torch.float64)
-        loop.engine.assignments = lambda counts=counts: counts
-        hook.before_update(loop)
-        loop.progress.step = step
+        take(hook, loop, step)
+        hook.on_metrics(loop, {"step": step})
     hook.on_run_end(loop, folder)
     return seen
 
@@ -47,6 +58,22 @@ def windows(folder: Path) -> list[tuple[int, int, list[list[int]]]]:
 
 def test_few_steps_have_a_window_each(tmp_path: Path) -> None:
     run(tmp_path, 1, 2)
+    assert windows(tmp_path) == [(1, 1, [[1, 0, 0], [1, 1, 1]]), (2, 2, [[2, 0, 0], [1, 1, 1]])]
+
+
+def test_steps_that_are_taken_again_count_once(tmp_path: Path) -> None:
+    """Both after a bad step that is taken again and after one that is skipped: the next had begun before that was known."""
+    hook, seen = ExpertMap([1, 3], tmp_path), Seen()
+    loop = loop_of(seen, 0)
+    take(hook, loop, 1)
+    take(hook, loop, 2)
+    hook.on_repeat(loop, 1)
+    take(hook, loop, 1)
+    take(hook, loop, 2)
+    hook.on_metrics(loop, {"step": 1, "skipped": 1})
+    take(hook, loop, 2)
+    hook.on_metrics(loop, {"step": 2})
+    hook.on_run_end(loop, tmp_path)
     assert windows(tmp_path) == [(1, 1, [[1, 0, 0], [1, 1, 1]]), (2, 2, [[2, 0, 0], [1, 1, 1]])]
 
 
