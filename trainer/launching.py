@@ -226,9 +226,14 @@ def full_processes(launch: LaunchConfig, processes: int) -> int:
     """Return how many processes the run has with all machines of launch.nodes, of which so many are started now.
 
     0: not known, as where a scheduler sets the variables of torchrun but the number of machines. All processes of a run have to
-    say the same, so machines are taken to be alike.
+    say the same, so machines are taken to be alike. A launcher that asks about fewer machines gives launch.nproc as a number.
     """
-    machines = int(os.environ.get("GROUP_WORLD_SIZE", "0")) if under_torchrun() else launch.most_nodes
+    if under_torchrun():
+        machines = int(os.environ.get("GROUP_WORLD_SIZE", "0"))
+    else:
+        per_node = launch.nproc if _is_count(launch.nproc) and launch.nproc > 0 else 0
+        whole = bool(per_node) and processes % per_node == 0
+        machines = min(processes // per_node, launch.most_nodes) if whole else launch.most_nodes
     known = machines > 0 and launch.most_nodes > 1 and processes % machines == 0
     return processes // machines * launch.most_nodes if known else 0
 

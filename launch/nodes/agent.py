@@ -267,6 +267,8 @@ class Machine:
         if "memory" in answer:
             self._memory = Memory.from_dict(answer["memory"])
         if order is Order.END:
+            if answer["said"] and self._own is None:  # a machine that leads has told it
+                self._say(f"the run has ended: {answer['said']}")
             return int(answer["code"])
         assignment = self._memory.assignment
         if order is Order.WAIT or assignment is None:
@@ -282,7 +284,9 @@ class Machine:
         newest = self._terms.newest()
         if newest is None:
             if self._term is not None and (code := self._terms.outcome()) is not None:
-                self._outcome = code  # the run has ended while this machine did not hear
+                if code:
+                    self._say(f"the run has ended with exit code {code}, while this machine could not reach its leader")
+                self._outcome = code
             else:
                 self._lead(None)
             return None

@@ -97,6 +97,7 @@ class Leader:
     term     number of this leader's term
     missing  who does not take part and why, as far as it is known
     ended    exit code of the run once it is over
+    why      the reason for an end that is no success, which the other machines are told; "": there is none
     """
 
     rules: Rules
@@ -104,6 +105,7 @@ class Leader:
     judged: Callable[[Memory, Failure | None, Judgement], None]
     memory: Memory = field(default_factory=Memory)
     ended: int | None = None
+    why: str = ""
     leads: Callable[[], bool] = lambda: False
     term: int = 0
     missing: Sequence[str] = ()
@@ -231,7 +233,8 @@ class Leader:
                 return
             reasons = list(filter(None, [self._refused, *self.missing]))
             why = "".join(f"; {reason}" for reason in reasons)
-            self.tell("end", f"too few machines came in {GATHER_SECONDS:.0f} s: {self._count(len(waiting))}{why}")
+            self.why = f"too few machines came in {GATHER_SECONDS:.0f} s: {self._count(len(waiting))}{why}"
+            self.tell("end", self.why)
             # A run that has begun had enough machines with such a config.
             self.ended = BAD_CONFIG if reasons and self.memory.assignment is None else TOO_FEW_MACHINES
         elif not size and late > SETTLE_SECONDS:
@@ -340,6 +343,7 @@ class Leader:
         if judgement.again:
             self._next(now)
         else:
+            self.why = judgement.said if first is None else f"{first.message}; {judgement.said}"
             self.ended = judgement.code
 
     def _without_bad_machine(self, judgement: Judgement) -> Judgement:
@@ -369,7 +373,7 @@ class Leader:
         news = {} if knows == self.memory.digest else {"memory": self.memory.as_dict()}
         if self.ended is not None:
             del self._nodes[node.id]
-            return {**news, "order": Order.END, "code": self.ended}
+            return {**news, "order": Order.END, "code": self.ended, "said": self.why}
         assignment = self.memory.assignment
         if (self._running or self._adopting is not None) and assignment is not None and node.id in assignment.ids:
             return {**news, "order": Order.BORDER if self._border else Order.RUN}

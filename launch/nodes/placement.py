@@ -74,8 +74,9 @@ def _plan(
     free = [word for word in overrides if not LAYOUT.match(word)]
     why = f"{typed.problems[0].key}: {typed.problems[0].message}"
     try:
-        run = _resolved_on(number, [*free, "parallel.tp=1", "parallel.pp=1", "parallel.cp=1", "parallel.ep=1"],
-                           config_dir, options, typed.config.launch)  # fmt: skip
+        alone = ["parallel.tp=1", "parallel.pp=1", "parallel.cp=1", "parallel.ep=1"]
+        machines = [f"launch.nodes={number}", "launch.placements={}", "launch.spare_nodes=0"]
+        run = _resolved_on(number, overlaid(free, [*alone, *machines]), config_dir, options, typed.config.launch)
         run.refuse()
         best = best_layouts(run, free, planned_machine(run.config), 1)
         settings = best.candidates[0].settings.items()
@@ -92,7 +93,10 @@ def _plan(
 def _resolved_on(
     number: int, words: Sequence[str], config_dir: str | None, options: ResolveOptions, launch: LaunchConfig
 ) -> ResolvedRun:
-    """Resolve the run on so many machines like this one, without building it on trial or looking at this one again."""
+    """Resolve the run on so many machines like this one, without building it on trial or looking at this one again.
+
+    launch.nodes stays as in the words: it says how many islands (`optim.local`) are not there.
+    """
     local = run_processes(launch)
 
     def processes(_: RunConfig) -> int:
@@ -105,8 +109,7 @@ def _resolved_on(
         return ()
 
     options = replace(options, processes=processes, builds=never, more=nothing)
-    own = [f"launch.nodes={number}", f"launch.nproc={local}", "launch.placements={}", "launch.spare_nodes=0"]
-    return resolve(overlaid(words, own), options, config_dir)
+    return resolve(overlaid(words, [f"launch.nproc={local}"]), options, config_dir)
 
 
 def _problems_of_words(number: int, words: Sequence[str], resolved: ResolvedRun) -> list[Problem]:

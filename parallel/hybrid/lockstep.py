@@ -35,7 +35,7 @@ CHOICES = 6  # numbers of rows that are tried
 def lockstep(lengths: Sequence[int], ranks: int, capacity: int, costs: CostModel) -> HybridAssignment:
     """Deal documents to `ranks` ranks in rows of at most `capacity` tokens."""
     least, cost = fewest_rows(lengths, ranks, capacity), costs.documents(lengths)
-    most = max(least, int(-(-sum(cost) // (ranks * costs.linear * capacity))))  # these have time for rows of short documents
+    most = max(least, _rows_of_short(cost, ranks, costs.linear * capacity))
     numbers = sorted({round(least * (most / least) ** (at / (CHOICES - 1))) for at in range(CHOICES)})
     plans = plans_of_rows(lengths, ranks, capacity, cost, numbers, SHARING)
     return first_fast(plans, lambda plan: plan.step_time(lengths, costs), least_time(lengths, ranks, capacity, costs))
@@ -44,6 +44,14 @@ def lockstep(lengths: Sequence[int], ranks: int, capacity: int, costs: CostModel
 def fewest_rows(lengths: Sequence[int], ranks: int, capacity: int) -> int:
     """Return the number of rows of each rank that hold the tokens."""
     return max(1, -(-sum(lengths) // (ranks * capacity)))
+
+
+def _rows_of_short(cost: Sequence[float], ranks: int, row: float) -> int:
+    """Return the number of rows of each rank that take the time of rows full of short documents.
+
+    row: time of such a row. Where it takes none, as of a model that counts attention alone, that is a row for each document.
+    """
+    return int(-(-sum(cost) // (ranks * row))) if row else len(cost)
 
 
 def first_fast(

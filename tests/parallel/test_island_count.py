@@ -34,6 +34,13 @@ def test_islands_of_whole_machines_stay_so(machines: int, islands: int, monkeypa
     assert island_count(FOUR, PLAIN, processes, full_processes(launch, processes)) == islands
 
 
+@pytest.mark.parametrize(("processes", "full"), [(32, 32), (24, 32), (16, 32), (20, 20), (40, 40)])
+def test_a_launcher_counts_machines_by_their_processes(processes: int, full: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 are no whole machines, and 40 are more than it has: such numbers are taken for all machines'."""
+    monkeypatch.delenv("RANK", raising=False)
+    assert full_processes(LaunchConfig(nodes="2:4", nproc=8), processes) == full
+
+
 def test_machines_that_nobody_counts_are_all_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scheduler may set the variables of torchrun, all but the number of machines."""
     launch, processes = LaunchConfig(nodes="4", nproc=8), 32

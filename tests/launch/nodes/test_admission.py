@@ -17,9 +17,11 @@ from meshloom.launch.exit_codes import BAD_CONFIG
 from meshloom.launch.nodes.addresses import ReservedPort, is_loopback
 from meshloom.launch.nodes.admission import credentials, is_stranger, refusal
 from meshloom.launch.nodes.agent import Machine
+from meshloom.launch.nodes.leader import Order
 from meshloom.launch.nodes.part import Part, Rules
 from meshloom.launch.nodes.refusals import read_refusals, take_back_refusal, write_refusal
 from meshloom.launch.nodes.terms import Term, Terms, meeting_folder
+from meshloom.launch.nodes.wire import Server
 
 RULES = Rules(2, 3, {2: ["parallel.pp=2"], 3: []})
 PART = Part("/out", RULES, ["recipe=quickstart", "output_dir=/out", "optim.lr=1e-3"])
@@ -92,6 +94,32 @@ def test_a_leader_of_another_version_is_not_followed(tmp_path: Path, capsys: pyt
     assert machine.run() == BAD_CONFIG and told in capsys.readouterr().err
     (note,) = read_refusals(terms.folder)
     assert note.startswith(f"{socket.gethostname()} does not take part: {told}") and terms.newest() == term
+    machine.close()
+
+
+def test_a_machine_says_why_its_leader_has_ended_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A leader of another version, for example, refuses all others but this one, and ends for want of machines."""
+    why = "too few machines came in 600 s: 1 of at least 2 are here; node-b does not take part: it has Meshloom 9.9"
+    server = Server(lambda _: {"order": Order.END, "code": BAD_CONFIG, "said": why}, lambda _: None)
+    terms = Terms(meeting_folder(tmp_path))
+    terms.claim(Term(1, f"{socket.gethostname()}-7-ab", "127.0.0.1", server.port))
+    machine = Machine(replace(PART, output_dir=str(tmp_path)), cast(Any, SimpleNamespace(root=tmp_path)))
+    assert machine.run() == BAD_CONFIG and capsys.readouterr().err.endswith(f"the run has ended: {why}\n")
+    machine.close()
+    server.close()
+
+
+def test_a_machine_that_missed_the_end_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server, term = Server(lambda _: {"order": Order.WAIT}, lambda _: None), replace(TERM, number=1, host="127.0.0.1")
+    term = replace(term, id=f"{socket.gethostname()}-7-ab", port=server.port)
+    terms = Terms(meeting_folder(tmp_path))
+    terms.claim(term)
+    machine = Machine(replace(PART, output_dir=str(tmp_path)), cast(Any, SimpleNamespace(root=tmp_path)))
+    assert machine.turn() > 0
+    server.close()
+    terms.end(term, BAD_CONFIG)
+    assert machine.run() == BAD_CONFIG
+    assert f"the run has ended with exit code {BAD_CONFIG}, while this machine could not" in capsys.readouterr().err
     machine.close()
 
 

@@ -170,6 +170,7 @@ def test_a_config_error_is_not_tried_again() -> None:
     cluster.fail("b", BAD_CONFIG)
     cluster.pass_time(SETTLE_SECONDS + 2)
     assert cluster.leader.ended == BAD_CONFIG and cluster.judged == [False]
+    assert "a config error is not tried again" in cluster.answers["a"]["said"], "its own ranks know nothing of it"
 
 
 def test_the_machine_that_always_dies_first_is_left_out() -> None:
@@ -194,7 +195,7 @@ def test_all_ranks_at_the_end_end_the_run() -> None:
     assert cluster.leader.ended is None
     cluster.machines["b"]["state"] = State.DONE
     cluster.pass_time(2)
-    assert cluster.leader.ended == 0 and cluster.leader.told
+    assert cluster.leader.ended == 0 and cluster.leader.told and cluster.answers["a"]["said"] == ""
 
 
 def test_a_survivor_takes_over_with_what_it_knows() -> None:
@@ -251,6 +252,7 @@ def test_a_machine_that_does_not_fit_is_the_reason_of_too_few() -> None:
     cluster.pass_time(GATHER_SECONDS + 3)
     assert cluster.leader.ended == BAD_CONFIG and cluster.told.count("node-b has launch.nproc=8") == 1
     assert "; node-b has launch.nproc=8; node-c does not take part: data: no such file" in cluster.told[-1]
+    assert cluster.answers["a"]["said"] == cluster.told[-1]
 
 
 def test_too_few_machines_end_the_run_after_a_while() -> None:
