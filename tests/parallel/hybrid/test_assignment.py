@@ -79,6 +79,17 @@ def test_few_rows_are_best_where_all_are_filled() -> None:
     assert plan.passes == 7 and [each.ranks for each in plan.shared] == [4, 4]
 
 
+@pytest.mark.parametrize("method", ["greedy", "lockstep"])
+@pytest.mark.parametrize("costs", [CostModel(1.0, 0.0), CostModel(0.0, 0.0), CostModel(0.0, 0.0, row=3.0)])
+def test_documents_are_dealt_where_tokens_alone_cost_nothing(costs: CostModel, method: str) -> None:
+    """As of a user's module that counts only attention's FLOPs."""
+    lengths = [150, 90, 60, *[20] * 9]
+    plan = assign(lengths, 4, 100, costs, method)
+    check(plan, lengths, 4, 100)
+    if costs.quadratic and method == "lockstep":
+        assert plan.step_time(lengths, costs) <= 1.3 * least_time(lengths, 4, 100, costs)
+
+
 def fastest(lengths: list[int], ranks: int, capacity: int) -> float:
     """Time of the slowest rank in the best assignment to runs of ranks, by an integer program."""
     from scipy.optimize import Bounds, LinearConstraint, milp
