@@ -248,7 +248,7 @@ def kernel_for(q: torch.Tensor, chosen: str, left: int | None = None, softcap: f
 
 
 def _exact(q: torch.Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.promote_types(q.dtype, torch.float32)
 
 
 def _heads_first(*tensors_BSHD: torch.Tensor) -> list[torch.Tensor]:

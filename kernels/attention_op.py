@@ -85,7 +85,7 @@ def _one_row(x_BSHD: torch.Tensor) -> torch.Tensor:
 def _shape_of_output(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(q.dtype, torch.float32)
     rows, positions, heads = q.shape[:3]
     lse = (rows, heads, positions) if cu_seqlens is None else (1, heads, rows * positions)
     return q.new_empty(q.shape), q.new_empty(lse, dtype=wide)

@@ -159,7 +159,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         recording: bool,
     ) -> torch.Tensor:
         tokens, vocabulary = hidden_TD.shape[0], head_VD.shape[0]
-        wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(hidden_TD.dtype, torch.float32)
         to_hidden, to_head = (recording and needed for needed in ctx.needs_input_grad[:2])
         hidden_grad_TD = torch.empty_like(hidden_TD) if to_hidden else None
         head_grad_VD = torch.zeros_like(head_VD, dtype=wide) if to_head else None

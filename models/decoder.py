@@ -78,7 +78,7 @@ class Decoder(Model, Part):
             positions_BS = row_S if documents is None else documents.positions()
         x_BSD, state_TP = self._entered(inputs)
         cell = None if self.router_cell is None else self.router_cell()
-        table_dtype = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
+        table_dtype = torch.promote_types(x_BSD.dtype, torch.float32)
         positions_BS = positions_BS.to(table_dtype)
         tables = {kind: rotary_table(positions_BS, rotary) for kind, rotary in self._rotary.items() if rotary is not None}
         for layer, block in self.layers.items():

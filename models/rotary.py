@@ -17,7 +17,7 @@ RotaryTable = tuple[torch.Tensor, torch.Tensor]
 
 def rotary_table(positions_S: torch.Tensor, config: RotaryConfig) -> RotaryTable:
     """Compute cosines and sines of the rotary angles, each (…, S, R/2), in fp32 (fp64 if positions are fp64)."""
-    dtype = torch.float64 if positions_S.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(positions_S.dtype, torch.float32)
     exponents = torch.arange(0, config.width, 2, device=positions_S.device, dtype=dtype) / config.width
     frequencies = scaled_frequencies(config.theta**-exponents, config)
     angles = positions_S.to(dtype).unsqueeze(-1) * frequencies

@@ -125,7 +125,7 @@ class GradientNoise(GradientObserver):
             if self.measure is Measure.NOTHING:
                 return
             mine = own_part(gradient, placements)
-            accum_dtype = torch.float64 if mine.dtype == torch.float64 else torch.float32
+            accum_dtype = torch.promote_types(mine.dtype, torch.float32)
             turn = self._turns[self._seen_rows[index]]
             self._seen_rows[index] += 1
             if self._sharers.count == 1:

@@ -122,7 +122,7 @@ def _outputs(each: Receive, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, c
         keys = slice(*block.keys)
         found = block_forward(q, k[:, keys], v[:, keys], causal=False, left=block.left, **call.how)
         return [x.contiguous() for x in found]
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    exact = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros_like(q, dtype=exact)
     lse = out.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf)
     add_blocks(each.blocks, (q, k, v), (out, lse), call)

@@ -17,7 +17,7 @@ from .ring_call import RingCall
 def own_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: RingCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend inside this member's own sequences: the output (B, T, H, D) and the log-sum-exp (B, H, T)."""
     if q.shape[1] == 0:
-        exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+        exact = torch.promote_types(q.dtype, torch.float32)
         return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], 0, dtype=exact)
     if call.segments is not None:
         return segments_forward(q, k, v, call.segments, left=call.left, **call.how)

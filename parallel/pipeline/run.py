@@ -96,7 +96,7 @@ class Pipeline:
         def passed() -> torch.Tensor:
             return torch.empty(like.hidden, dtype=self._compute, device="meta", requires_grad=True)
 
-        loss_dtype = torch.float64 if self._compute == torch.float64 else torch.float32
+        loss_dtype = torch.promote_types(self._compute, torch.float32)
         chosen = schedule_of(self._parallel)
         stages: list[LeanStage] = []
         for index, module in self._modules.items():
