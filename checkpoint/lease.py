@@ -3,6 +3,9 @@
 Stores have no locks that end with a process. So who has the folder leaves a record there and renews it; one that is not
 renewed any more is of a run that is gone. How old it is, is told by this machine's clock alone: by watching it. Whoever was
 cut off and comes back finds another's record, and must not commit.
+
+It may freeze between its look and its write, too, and then overwrite that record. So whoever takes the folder from a run that
+may come back leaves a mark for it: a file of its own, which nobody overwrites.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ class Lease:
         self._token = uuid.uuid4().hex
         self._beats = 0
         self._overtook = False
+        self._marked: set[str] = set()  # tokens of those from whom this run has taken the folder, and who may come back
         self._over = threading.Event()
         try:
             self._take()
@@ -62,6 +66,8 @@ class Lease:
             self._write()
         elif record.get("token") != self._token:
             raise HeldError(self._overtaken(record))
+        elif mark := self._mark_of(record):  # this run has written over the other's record
+            raise HeldError(self._overtaken(mark))
 
     def release(self) -> None:
         """Let another run have the folder. May be called twice.
@@ -84,11 +90,14 @@ class Lease:
 
     def _take(self) -> None:
         self._files.make()
+        may_come_back, marked = False, dict[str, Any]()
         while (first := self._read()) or not self._write(anew=True):
             if first:
+                marked = self._mark_of(first)
                 self._watch(first)
+                may_come_back = not _is_over(first) and not _has_died(first)
                 # One before that, too, may come back: then this run's record is all that tells it.
-                self._overtook = first.get("overtook") is True or _is_over(first) or not _has_died(first)
+                self._overtook = first.get("overtook") is True or _is_over(first) or may_come_back
                 self._write()  # nobody renews it, or it is gone already
                 break
         time.sleep(min(WATCH_SECONDS, LEASE_SECONDS))  # whoever read the same as this run has written, too, by now
@@ -97,12 +106,35 @@ class Lease:
             self._write()
         elif record.get("token") != self._token:
             raise HeldError(self._refusal(record))
+        if may_come_back:
+            now = self._mark_of(first)
+            if now != marked:  # this run froze: another has taken the folder meanwhile, and its record is overwritten
+                self._write(over=True)
+                raise HeldError(self._overtaken(now))
+            self._mark(first)
 
     def _is_late(self, record: dict[str, Any]) -> bool:
-        """Return whether an earlier start of the same launch, which may have hung, has written this over the own record."""
-        late = record.get("token") != self._token and follows(_holder(record))
-        self._overtook |= late
+        """Return whether one that may have hung has written this over the own record: an earlier start of the same launch, or a
+        run from which this one has taken the folder.
+        """
+        token, holder = record.get("token"), _holder(record)
+        late = token != self._token and (follows(holder) or (token in self._marked and not precedes(holder)))
+        if late and token not in self._marked:
+            self._overtook = True
+            self._mark(record)
         return late
+
+    def _mark(self, record: dict[str, Any]) -> None:
+        """Leave a mark for whoever wrote a record that this run has the folder now."""
+        token = record.get("token")
+        if isinstance(token, str) and token.isalnum():
+            self._files.write(_name_of_mark(token), json.dumps(self._about()).encode())
+            self._marked.add(token)
+
+    def _mark_of(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Return the mark that another run has left for whoever wrote a record; empty if there is none."""
+        token = record.get("token")
+        return self._read(_name_of_mark(token)) if isinstance(token, str) and token.isalnum() else {}
 
     def _watch(self, first: dict[str, Any]) -> None:
         """Return when whoever left this record is known to be gone. Raises HeldError if it is not, or is a later start."""
@@ -145,10 +177,10 @@ class Lease:
                 if not self._over.is_set():
                     self._write()
 
-    def _read(self) -> dict[str, Any]:
-        """The record; empty if there is none."""
+    def _read(self, name: str = LOCK) -> dict[str, Any]:
+        """Return the record, or a mark; empty if there is none."""
         try:
-            text = self._files.read(LOCK)
+            text = self._files.read(name)
         except FileNotFoundError:
             return {}
         try:
@@ -163,16 +195,26 @@ class Lease:
         over: whether this run is over, so that any other may have the folder
         """
         record = {
-            "holder": name_of_process(socket.gethostname()),
-            "place": _place(),
-            "process": os.getpid(),
-            "token": self._token,
+            **self._about(),
             "beat": self._beats,
             **({"overtook": True} if self._overtook else {}),
             **({"over": True} if over else {}),
         }
         self._beats += 1
         return self._files.write(LOCK, json.dumps(record).encode(), anew=anew)
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "holder": name_of_process(socket.gethostname()),
+            "place": _place(),
+            "process": os.getpid(),
+            "token": self._token,
+        }
+
+
+def _name_of_mark(token: str) -> str:
+    """Return the name of the file that tells the run with this token that it has lost the folder."""
+    return f"{LOCK}.taken-from-{token}"
 
 
 def _holder(record: dict[str, Any]) -> str:

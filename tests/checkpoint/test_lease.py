@@ -242,6 +242,62 @@ def test_a_late_write_does_not_refuse_a_later_start(files: RemoteFiles, monkeypa
     held.release()
 
 
+def overwrite(files: RemoteFiles, frozen: Lease) -> None:
+    """Let a run write that froze after it had found its own record."""
+    with pytest.MonkeyPatch.context() as thawed:
+        thawed.setattr(frozen, "_over", threading.Event())
+        thawed.setattr(frozen, "_read", lambda *_: thawed.setattr(lease, "RENEWAL_SECONDS", NEVER) or {"token": frozen._token})
+        thawed.setattr(lease, "RENEWAL_SECONDS", 0.001)
+        thread = threading.Thread(target=frozen._renew)
+        thread.start()
+        deadline = time.monotonic() + 60
+        while record(files)["token"] != frozen._token:
+            assert time.monotonic() < deadline
+        frozen._over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["goes on", "is over"])
+def test_a_run_frozen_before_its_write_gets_nothing(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch, ended: bool) -> None:
+    """It overwrites the record of the run that has taken the folder, where the store can't refuse that."""
+    with monkeypatch.context() as first:
+        first.setattr(lease, "_place", lambda: "another machine")
+        frozen = Lease(files)
+    monkeypatch.setattr(lease, "_held", set())
+    with monkeypatch.context() as soon:
+        soon.setattr(lease, "LEASE_SECONDS", 0.01)
+        held = Lease(files)
+    held.check()
+    if ended:
+        held.release()
+    overwrite(files, frozen)
+    with pytest.raises(HeldError, match="has taken this folder over from this run"):
+        frozen.check()
+    if not ended:
+        held.check()
+        assert record(files)["token"] == held._token, "it has the folder still"
+        held.release()
+
+
+def test_a_run_that_froze_while_it_took_the_folder_gets_nothing(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another takes the folder from the same run meanwhile, and is over."""
+    leave(files)
+    watch, others = Lease._watch, list[Lease]()
+
+    def freeze(self: Lease, first: dict[str, Any]) -> None:
+        watch(self, first)
+        if not others:
+            others.append(self)
+            Lease(files).release()
+
+    monkeypatch.setattr(Lease, "_watch", freeze)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.01)
+    with pytest.raises(HeldError, match="has taken this folder over from this run"):
+        Lease(files)
+    assert record(files)["over"], "nobody waits for it"
+    Lease(files).release()
+
+
 def test_a_record_that_somebody_tidied_away_is_put_back(files: RemoteFiles) -> None:
     held = Lease(files)
     files.delete(".lock")
