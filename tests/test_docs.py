@@ -175,7 +175,7 @@ def test_the_recipe_of_the_tutorial_composes(tmp_path: Path) -> None:
         assert "recipe=my_1b" in overrides and composer.compose(overrides).problems == []
 
 
-def test_what_contributing_shows_trains_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_in_contributing_train_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_examples((ROOT / "CONTRIBUTING.md").read_text(), tmp_path)
     mine = str(tmp_path / "mine")
     monkeypatch.syspath_prepend(mine)

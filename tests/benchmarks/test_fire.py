@@ -65,7 +65,7 @@ def incident(kind: str, rank: int | None, time: float = 12.5, **details: Any) ->
 
 
 @pytest.mark.parametrize(("kind", "code", "open_end"), [("kill", 77, True), ("kill", 76, False), ("kill_again", 76, True)])
-def test_who_may_end_before_the_last_step(kind: str, code: int, open_end: bool) -> None:
+def test_ranks_that_may_end_before_the_last_step(kind: str, code: int, open_end: bool) -> None:
     run = left(kind, [incident("death", 1)], {1: SAME[1]})
     run.codes = [code]
     assert judge(run).open_end is judge(run).same is open_end

@@ -120,7 +120,7 @@ def test_a_rank_that_is_silent_is_named() -> None:
     assert said[0] == said[8] and said[1] == said[8]
 
 
-def test_what_all_have_left_is_deleted_and_nothing_else() -> None:
+def test_messages_that_all_have_left_are_deleted_and_no_others() -> None:
     store = HashStore()
     controls = [Control(rank, 9, store) for rank in range(9)]
 

@@ -154,7 +154,7 @@ def test_damage_names_the_file_and_the_rank_whose_part_it_is(step: Path) -> None
         file.write_bytes(whole)
 
 
-def test_what_lies_behind_a_segment_is_verified_too(step: Path) -> None:
+def test_bytes_behind_a_segment_are_verified_too(step: Path) -> None:
     rank, size, _, _, host, start = rows(step)[0]
     file = step / f"host-{host:05d}.segments"
     data = bytearray(file.read_bytes())

@@ -220,7 +220,7 @@ print(holder_of(pathlib.Path(sys.argv[1])))
 """
 
 
-def test_who_has_a_folder_is_told_to_others_without_touching_it(tmp_path: Path) -> None:
+def test_a_folders_holder_is_told_without_touching_it(tmp_path: Path) -> None:
     def told(machine: str) -> str:
         command = [sys.executable, "-c", ASK, str(tmp_path), machine]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=250).stdout.strip()

@@ -57,6 +57,6 @@ def test_a_folder_without_room_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", [{"memory_every": 10}, {"host_memory_gib": 4.0}])
-def test_what_does_not_go_with_it_is_refused(other: dict[str, float]) -> None:
+def test_keys_that_do_not_go_with_it_are_refused(other: dict[str, float]) -> None:
     found = CheckpointConfig(snapshot_folder="/fast", **other).problems()  # type: ignore[arg-type]
     assert [problem.key for problem in found] == ["checkpoint.snapshot_folder"]

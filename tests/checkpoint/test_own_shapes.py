@@ -51,7 +51,7 @@ def restored(folder: Path, ranks: list[list[Fragment]]) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 10**6))
-def test_what_is_left_of_a_box_is_counted_once(seed: int) -> None:
+def test_the_rest_of_a_box_is_counted_once(seed: int) -> None:
     rng = random.Random(seed)
     shape = tuple(rng.randrange(1, 6) for _ in range(rng.randrange(1, 4)))
 

@@ -283,7 +283,7 @@ def test_two_stages_that_are_lost_are_rebuilt_from_what_is_left(tmp_path: Path) 
         (1, ("weight", "scales"), "scales/layers.2.attention.weight is state of a kind that is not rebuilt"),
     ],
 )
-def test_what_has_no_neighbours_is_refused_by_name(tmp_path: Path, rank: int, roles: tuple[str, ...], message: str) -> None:
+def test_layers_without_neighbours_are_refused_by_name(tmp_path: Path, rank: int, roles: tuple[str, ...], message: str) -> None:
     arrays = model(roles)
     step = save(tmp_path, arrays)
     (step / f"rank-{rank:05d}.safetensors").unlink()

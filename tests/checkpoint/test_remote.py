@@ -143,7 +143,7 @@ def test_files_of_the_manifest_survive_a_later_failure(url: str, boundary: str) 
     assert save(url, 3) == ["committed"]
 
 
-def test_what_crashed_saves_left_goes_with_the_next_commit(url: str) -> None:
+def test_leftovers_of_crashed_saves_go_with_the_next_commit(url: str) -> None:
     system, path = fsspec.core.url_to_fs(url)
     save(url, 1)
     for step in (2, 9):  # one of the past, and one that somebody may still be writing

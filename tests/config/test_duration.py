@@ -53,6 +53,6 @@ def test_a_count_is_exact() -> None:
 
 
 @pytest.mark.parametrize("written", ["8 samples", "10%", "1.5", "1.0001k", "-3", "many", "inf", "1.5BB", ""])
-def test_what_is_no_count_is_refused(written: str) -> None:
+def test_a_value_that_is_no_count_is_refused(written: str) -> None:
     with pytest.raises(ValueError, match="is no number of tokens"):
         parse_count(written, Unit.TOKENS)

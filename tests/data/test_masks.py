@@ -90,7 +90,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_what_the_assistant_says_is_what_transformers_marks(tmp_path: Path, tokenizer: Path) -> None:
+def test_the_assistants_tokens_are_those_that_transformers_marks(tmp_path: Path, tokenizer: Path) -> None:
     transformers = pytest.importorskip("transformers")
     other = transformers.AutoTokenizer.from_pretrained(tokenizer)
     made = node(tmp_path, [{"chat": chat} for chat in CHATS], messages="chat", tokenizer=str(tokenizer), seq_len=1)

@@ -277,7 +277,7 @@ def test_an_empty_and_a_too_small_corpus(tmp_path: Path, cache: Path):
 
 
 @pytest.mark.parametrize(("tokens", "said"), [(0, "0 tokens, and"), (1, "1 token, and"), (2, "2 tokens, too few")])
-def test_how_few_tokens_there_are_is_said(tokens: int, said: str):
+def test_a_want_of_tokens_is_told(tokens: int, said: str):
     shards = SimpleNamespace(folder="corpus", tokens=tokens)
     with pytest.raises(ConfigError, match=f"corpus has {said}"):
         Packed(PackingConfig(seq_len=4), 1)._pack(shards, "data")  # type: ignore[arg-type]

@@ -193,7 +193,7 @@ def test_a_folder_of_compressed_json_with_fallback_endings(tmp_path: Path, name:
 
 
 @pytest.mark.parametrize("metadata", ["dataset_info.json.gz", "meta/state.json.zst", "statistics.json", "README.md"])
-def test_what_lies_beside_json_lines_is_not_read_as_data(tmp_path: Path, metadata: str, caplog: pytest.LogCaptureFixture):
+def test_files_beside_json_lines_are_not_read_as_data(tmp_path: Path, metadata: str, caplog: pytest.LogCaptureFixture):
     write_lines(tmp_path / "a.jsonl.gz", TEXTS)
     (tmp_path / metadata).parent.mkdir(exist_ok=True)
     (tmp_path / metadata).write_bytes(b"not even compressed")

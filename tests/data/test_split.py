@@ -67,5 +67,5 @@ def test_short_documents_stay_whole():
     [(10, 1000, 0.01, True), (19, 1000, 0.01, True), (4, 1000, 0.01, False), (346, 1000, 0.01, False), (0, 10, 0.1, False),
      (10, 10, 0.9, False), (99, 100, 0.9, False), (85, 100, 0.9, True)],
 )  # fmt: skip
-def test_what_is_near_the_share(held: int, total: int, share: float, near: bool):
+def test_sizes_near_the_share(held: int, total: int, share: float, near: bool):
     assert is_near(held, total, share) == near

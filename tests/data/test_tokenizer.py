@@ -174,7 +174,7 @@ def test_a_tokenizer_of_any_origin(tmp_path: Path):
     assert tokenizer.encode_documents(["a b a b c"])[0].tolist() == [0, 1, 0, 1, 2, 7]
 
 
-def test_what_is_no_tokenizer_is_named(tmp_path: Path):
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"data\.tokenizer: .*gone.* not found; give bpe, bytes"):
         Tokenizer.load(tmp_path / "gone")
     (tmp_path / "bad.json").write_text("{]")

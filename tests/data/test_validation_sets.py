@@ -37,7 +37,7 @@ def test_a_set_is_read_whole_in_the_tokens_of_the_training_data(tmp_path: Path) 
     assert sorted(data.tokenizer.decode(part.samples[k].tokens) for k in range(2)) == ["abcdefgh", "ijklmnop"]
 
 
-def test_what_is_no_set_is_refused_by_key(tmp_path: Path) -> None:
+def test_a_value_that_is_no_set_is_refused_by_key(tmp_path: Path) -> None:
     config = training(tmp_path)
     wrong = {
         "gone": {"_target_": TEXT, "input": f"{tmp_path}/gone.txt"},

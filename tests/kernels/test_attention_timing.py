@@ -87,7 +87,7 @@ def test_kernels_are_timed_and_what_cant_run_takes_forever() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [12, 96, 192, 256, 264])
 @pytest.mark.parametrize("kernel", ["cudnn", "flash"])
-def test_what_pytorch_says_it_cannot_compute_it_does_not_compute(kernel: Kernel, head_dim: int) -> None:
+def test_pytorch_computes_no_kernel_that_it_says_it_lacks(kernel: Kernel, head_dim: int) -> None:
     """Or a kernel would be left out that is there."""
     shape, device = attention_timing.Shape(512, 4, 2, head_dim), torch.device("cuda")
     if attention_timing.unsupported_reason(kernel, shape, device) is None:

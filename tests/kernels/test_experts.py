@@ -222,7 +222,7 @@ def test_logits_and_their_gradients_are_those_of_a_product() -> None:
 
 
 def test_kernels_are_compiled_beforehand_as_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which dim of a tensor lies densely is compiled into a kernel, sizes are not."""
+    """The dim of a tensor that lies densely is compiled into a kernel, sizes are not."""
     seen: set[tuple[Any, ...]] = set()
 
     def noted(product: Callable[..., Any]) -> Callable[..., Any]:
@@ -245,7 +245,7 @@ def test_kernels_are_compiled_beforehand_as_they_are_used(monkeypatch: pytest.Mo
 
 
 def test_logits_by_bf16_products_are_those_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU computes, with its product of bf16 matrices that ends in fp32 replaced by one in fp32."""
+    """Compute as a GPU does, with its product of bf16 matrices that ends in fp32 replaced by one in fp32."""
     monkeypatch.setattr(logits, "_exact_in_parts", lambda _: True)
     monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
     draw = torch.Generator().manual_seed(0)

@@ -170,7 +170,7 @@ def test_where_blocks_may_be_fused(
 
 
 @pytest.mark.parametrize(("rank", "own"), [(0, None), (1, "it is wrong by 1"), (0, "it needs a Hopper GPU")])
-def test_what_one_rank_can_not_no_rank_does(
+def test_no_rank_fuses_if_one_can_not(
     rank: int, own: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="meshloom")

@@ -59,7 +59,7 @@ def test_a_process_of_its_own_compiles_and_the_run_waits_for_it(gpu: None, tmp_p
     assert process != os.getpid() and not multiprocessing.active_children()
 
 
-def test_what_was_compiled_is_not_compiled_again(gpu: None, tmp_path: Path) -> None:
+def test_compiled_kernels_are_not_compiled_again(gpu: None, tmp_path: Path) -> None:
     work = Noted(tmp_path)
     for _ in range(2):
         precompile.wait("kernel", work, CPU)
@@ -110,7 +110,7 @@ time.sleep(600)
 """
 
 
-def test_what_compiles_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
+def test_compilers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     run = subprocess.Popen([sys.executable, "-c", PROGRAM, str(note)])
     while not note.exists():
@@ -175,7 +175,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path: Path, monkeypat
         (ParallelConfig(), EngineSettings(precision="bf16"), 0),
     ],
 )
-def test_what_a_run_will_need(
+def test_kernels_that_a_run_will_need_are_compiled(
     parallel: ParallelConfig, settings: EngineSettings, kernels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[str] = []

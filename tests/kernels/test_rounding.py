@@ -26,7 +26,7 @@ def test_the_mean_is_exact_and_neighbours_are_the_nearest_two() -> None:
         assert torch.equal(rounded(torch.full((40, 50), -value)).double(), -rounded(torch.full((40, 50), value)).double())
 
 
-def test_what_bf16_has_stays_as_it_is() -> None:
+def test_values_that_bf16_has_stay_as_they_are() -> None:
     values = torch.tensor([0.0, -1.5, torch.inf, -torch.inf, 2.0**-130, 2.0**127])
     assert torch.equal(rounded(values), values.bfloat16())
     assert bool(rounded(torch.tensor([torch.nan])).isnan().all())

@@ -86,7 +86,7 @@ def test_an_exported_model_has_the_weights_of_the_loaded_one(run: meshloom.Run, 
     torch.testing.assert_close(stored["model.embed_tokens.weight"], model.get_parameter("embed.weight"), rtol=0, atol=0)
 
 
-def test_what_can_not_run_raises_before_anything_is_touched(tmp_path: Path) -> None:
+def test_an_impossible_run_raises_before_anything_is_touched(tmp_path: Path) -> None:
     with pytest.raises(meshloom.ConfigError) as caught:
         meshloom.train("recipe=quickstart", parallel={"zero": 7}, precision="half", output_dir=tmp_path / "run")
     assert [problem.key for problem in caught.value.problems] == ["precision", "parallel.zero"]

@@ -47,7 +47,7 @@ def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
     assert out.splitlines()[-1] == "[]"
 
 
-def test_what_needs_no_tensor_imports_no_torch(elsewhere: Path) -> None:
+def test_commands_without_tensors_import_no_torch(elsewhere: Path) -> None:
     """One process runs all of them. What one imports, the others have: it must be none of these."""
     with tarfile.open(EARLIER) as archive:
         archive.extractall(elsewhere, filter="data")

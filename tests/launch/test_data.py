@@ -119,7 +119,7 @@ def test_help_names_every_key(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize("shape", ["{}", "{}/*"])
-def test_what_a_folder_holds_is_looked_at_and_not_taken_for_text(
+def test_files_of_a_folder_are_looked_at_and_not_taken_for_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], shape: str
 ) -> None:
     folder = tmp_path / "corpus"

@@ -63,7 +63,7 @@ def test_samples_are_shown_with_documents_loss_and_padding(words: list[str], cap
         (["checkpoint=gone"], "checkpoint: 'gone' holds no complete checkpoint"),
     ],
 )
-def test_what_can_not_be_shown_is_refused(
+def test_data_that_can_not_be_shown_are_refused(
     words: list[str], more: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["show", *words, *more]) == 2

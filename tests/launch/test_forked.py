@@ -54,7 +54,7 @@ def ranks(launcher: subprocess.Popen[str], folder: Path) -> list[psutil.Process]
 
 
 def is_told_to_end(stopped: psutil.Process) -> bool:
-    """Whether a SIGTERM waits for a stopped process to go on."""
+    """Return whether a SIGTERM waits for a stopped process to go on."""
     status = Path(f"/proc/{stopped.pid}/status").read_text()
     (pending,) = re.findall(r"^ShdPnd:\s*(\w+)", status, re.MULTILINE)
     return bool(int(pending, 16) >> (signal.SIGTERM - 1) & 1)

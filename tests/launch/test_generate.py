@@ -204,7 +204,7 @@ def test_a_conversation_goes_through_the_chat_template(
         ("prompts=gone.txt", "prompts"),
     ],
 )
-def test_what_can_not_be_drawn_is_refused(capsys: pytest.CaptureFixture[str], word: str, key: str) -> None:
+def test_impossible_drawing_is_refused(capsys: pytest.CaptureFixture[str], word: str, key: str) -> None:
     code, _, error = said(capsys, "checkpoint=any", word)
     assert code == 2 and f"- {key}: " in error
     assert "- interactive: " in said(capsys, "checkpoint=any", "interactive=true", "prompt=a")[2]

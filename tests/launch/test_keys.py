@@ -32,7 +32,7 @@ def test_an_options_keys_have_its_defaults() -> None:
     assert {one.group for one in matching("batch")} == {"batch"}
 
 
-def test_what_is_no_key_is_refused_with_the_nearest() -> None:
+def test_a_word_that_is_no_key_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"did you mean optim\.lr"):
         matching("optim.lrr")
 

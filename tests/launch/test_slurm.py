@@ -153,7 +153,7 @@ def test_bad_config_prints_problems_and_no_script(capsys: pytest.CaptureFixture[
         ("launch.container.image=a.sif & launch.container.mounts=['a,b']", "launch.container.mounts"),
     ],
 )
-def test_what_sbatch_would_stumble_over_is_refused(override: str, key: str) -> None:
+def test_values_that_sbatch_can_not_take_are_refused(override: str, key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         slurm.script(["recipe=llama_1b", *override.split(" & ")])
     assert [problem.key for problem in caught.value.problems] == [key]

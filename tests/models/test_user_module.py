@@ -135,7 +135,7 @@ def test_it_keeps_its_names_its_buffers_and_its_ties() -> None:
     assert isinstance(model, GPT) and type(model).__name__ == "GPT"
 
 
-def test_what_it_lacks_is_said_once() -> None:
+def test_missing_methods_are_told_once() -> None:
     said = "\n".join(defaults_used(gpt()))
     assert "its 3 modules GPTBlock" in said and "initial(name)" in said and "weight decay applies to matrices" in said
     of_summed = "\n".join(defaults_used(gpt("SummedGPT")))

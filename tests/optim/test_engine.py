@@ -199,7 +199,7 @@ def test_a_resumed_run_names_the_counters_that_it_begins_anew(tmp_path: Path) ->
     assert run_ranks(1, told, [*steps, "trainer.steps=6", "resume=auto", "optim=agvm"]) == [""]
 
 
-def test_what_cannot_be_halved_is_refused() -> None:
+def test_a_batch_that_cannot_be_halved_is_refused() -> None:
     words = ["recipe=quickstart", "data=synthetic", "model.vocabulary=64", "optim=agvm", "batch.samples=8"]
     assert list(problems_of(1, *words, "batch.micro=8")) == ["batch.micro"]
     assert "optim" in problems_of(2, *words, "batch.micro=1", "parallel.pp=2")

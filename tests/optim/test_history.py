@@ -59,7 +59,7 @@ def test_every_point_passed_is_converted_to_what_it_was(seed: int) -> None:
                 assert found == pytest.approx(progress.point.at(there), rel=1e-12)
 
 
-def test_what_lies_ahead_is_converted_at_todays_batch() -> None:
+def test_tokens_ahead_are_converted_at_todays_batch() -> None:
     *_, end = walk([8] * 10 + [4] * 10)
     ahead = Horizon(Duration.parse("1000 steps"), SEQ_LEN, 4)
     assert ahead.convert(30, Unit.STEPS, Unit.SAMPLES, end) == 80 + 40 + 40

@@ -125,7 +125,7 @@ def test_only_a_kernel_that_failed_is_tried_again(tmp_path: Path) -> None:
         (ParallelConfig(), 1_000_000, Shape(16_384, 32, 8, 128)),
     ],
 )
-def test_what_is_timed_is_what_a_rank_computes(parallel: ParallelConfig, seq_len: int, shape: Shape) -> None:
+def test_timed_shapes_are_those_that_a_rank_computes(parallel: ParallelConfig, seq_len: int, shape: Shape) -> None:
     model = DecoderConfig(dim=4096, layers=1, heads=32, kv_heads=8, ffn_dim=64, vocabulary=16)
     assert shape_of(model, parallel, seq_len) == shape
 

@@ -48,7 +48,7 @@ def extra(tree: dict[str, object], **settings: object) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_what_works_is_not_refused(zero: int) -> None:
+def test_a_run_that_works_is_not_refused(zero: int) -> None:
     assert problems(zero=zero) == {}
     assert problems(zero=zero, offload="cpu") == {}
     assert problems("fp32", zero=0) == {}
@@ -85,7 +85,7 @@ def test_what_works_is_not_refused(zero: int) -> None:
         ({"engine": "torch", "offload_weights": "cpu"}, "parallel.offload_weights"),
     ],
 )
-def test_what_cannot_be_is_refused_by_its_key(settings: dict[str, object], key: str) -> None:
+def test_an_impossible_layout_is_refused_by_its_key(settings: dict[str, object], key: str) -> None:
     assert key in problems(**settings)  # type: ignore[arg-type]
 
 

@@ -45,7 +45,7 @@ def test_phases_and_durations_are_read_from_outside(tmp_path: Path, monkeypatch:
     assert sum(heartbeat.totals[phase] for phase in OWN_WORK) == pytest.approx(22.5)
 
 
-def test_how_long_a_save_takes_is_told_and_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_a_save_is_told_and_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     heartbeat = Heartbeat(tmp_path / "beat")
     for seconds in (3.0, 5.0, 4.0):

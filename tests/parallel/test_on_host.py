@@ -21,7 +21,7 @@ LAYERS, LENGTH = 5, 16
 TOKENS = torch.randint(0, 100, (1, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def test_what_computation_hides_grows_with_the_length() -> None:
+def test_hidden_copies_grow_with_the_length() -> None:
     rule = HiddenCopies(CostModel(quadratic=2e-9, linear=1e-5), token_bytes=1e6, rate=5e10)
     # (2e-9 n + 1e-5) s for a token beside 2e-5 s for its copy: of 1,000 tokens 0.28 of 1.2e-5 / 2e-5
     assert rule.share((4, 0, 1000)) == pytest.approx(FORWARD * 0.6)

@@ -108,7 +108,7 @@ def test_of_two_both_are_named() -> None:
 
 
 def looked_up(rank: int, world_size: int) -> tuple[int, int, int]:
-    """How many values the holders of a part have, of a part that another layout made, and of holders of a larger world."""
+    """Count the values that holders of a part have, of a part that another layout made, and of holders of a larger world."""
     replicas = Replicas((engine := build(Work(ParallelConfig(zero=0), samples=4), world_size)).mesh, engine.fragments())
     part = next(iter(engine.fragments()))
     box = (tuple(part.box.offsets), tuple(part.box.shape))
@@ -123,7 +123,7 @@ def test_a_part_that_another_layout_made_has_no_values() -> None:
 
 
 def healed(rank: int, world_size: int) -> tuple[tuple[int, ...], int | None, tuple[float, ...]]:
-    """Who is named, and by which element, where a weight had another bit when it was hashed and has not any more."""
+    """Return the rank that is named, and the element, where a weight had another bit only when it was hashed."""
     replicas = Replicas((engine := build(Work(ParallelConfig(zero=0), samples=4), world_size)).mesh, engine.fragments())
     words = next(iter(engine.fragments())).tensor.view(-1)[1:2].view(torch.int64)
     words ^= int(rank == 1)

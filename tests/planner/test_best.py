@@ -102,7 +102,7 @@ def test_the_fastest_layouts_fit_and_are_in_order(capsys: pytest.CaptureFixture[
 
 
 def test_layouts_that_the_trainer_refuses_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where its own checks take none of the layouts that fit, there is no empty table but their problems."""
+    """If its own checks take none of the layouts that fit, it tells their problems in place of an empty table."""
     from meshloom.launch import plan_best
 
     problem = Problem("trainer.float8", "not like this", "leave it out")

@@ -49,7 +49,7 @@ def test_problems_of_a_cluster_are_told_all_at_once_by_key(tmp_path: Path) -> No
         load_cluster(["cluster=half"], str(tmp_path))
 
 
-def test_what_is_no_value_is_refused_by_key(tmp_path: Path) -> None:
+def test_impossible_values_of_a_cluster_are_refused_by_key(tmp_path: Path) -> None:
     told = refused(
         "cluster=h100", "cluster.nics=[{count: 4", "cluster.gpus=.inf", "cluster.gpus_per_node=.nan", "cluster.gpu.a=1"
     )

@@ -195,7 +195,7 @@ PARTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("parts", "policy"), [*((name, "none") for name in PARTS), ("Llama", "full"), ("Gemma 2", "full")])
-def test_what_a_block_keeps_is_what_autograd_keeps(parts: str, policy: str) -> None:
+def test_a_block_keeps_the_bytes_that_autograd_keeps(parts: str, policy: str) -> None:
     shape = {"dim": 128, "heads": 8, "kv_heads": 4, "ffn_dim": 352, "vocabulary": 500, **PARTS[parts]}
     models = [decoder(**shape, layers=layers) for layers in (2, 3)]
     tokens = torch.randint(0, 500, (2, 64))
@@ -262,7 +262,7 @@ def mixture_model(name: str, layers: Sequence[int], precision: str, fused: bool,
 
 
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
-def test_what_a_mixture_keeps_is_what_stays_allocated(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixture_keeps_the_bytes_that_stay_allocated(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held to the difference to a dense block at the same place, so that what norms keep on the CPU alone does not count."""
     tokens = torch.randint(0, 500, (4, 128))
     monkeypatch.setattr(FusedExperts, "fits", lambda *_: True)
@@ -327,7 +327,7 @@ AGAIN: list[tuple[str | None, bool, str]] = [
 
 
 @pytest.mark.parametrize(("name", "fused", "norms"), AGAIN)
-def test_what_is_computed_again_is_what_pytorch_counts(
+def test_recomputed_flops_are_those_that_pytorch_counts(
     name: str | None, fused: bool, norms: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float64 experts are a loop of products, which the counter knows."""
@@ -355,7 +355,7 @@ def test_what_is_computed_again_is_what_pytorch_counts(
             assert counted[policy] - counted["none"] == pytest.approx(again), policy
 
 
-def test_what_a_compiled_block_keeps_is_what_the_compiler_keeps() -> None:
+def test_a_compiled_block_keeps_the_bytes_that_the_compiler_keeps() -> None:
     shape = {"dim": 128, "heads": 8, "kv_heads": 4, "ffn_dim": 352, "vocabulary": 500}
     models = [decoder(**shape, layers=layers).bfloat16() for layers in (2, 3)]
     tokens = torch.randint(0, 500, (2, 64))
@@ -477,7 +477,7 @@ def test_bubbles_have_their_closed_form(schedule: str, chunks: int, pp: int, cou
 
 
 @pytest.mark.parametrize("pp", [2, 4, 8])
-def test_what_schedules_keep_alive_and_lose(pp: int) -> None:
+def test_schedules_keep_and_lose_as_much_as_published(pp: int) -> None:
     def timeline(schedule: str) -> Timeline:
         parallel = ParallelConfig(pp=pp, schedule=schedule)
         return simulate(pipeline_order(parallel, 2 * pp), [Costs(1.0, 1.0, 1.0)] * stage_count(parallel))

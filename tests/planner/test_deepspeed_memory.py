@@ -137,7 +137,7 @@ def kept_in_step(rank: int, world_size: int, work: Work) -> tuple[int, int]:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
 )
-def test_what_stays_gathered_in_a_step_is_in_the_account(ranks: int, keys: dict[str, int]) -> None:
+def test_weights_that_stay_gathered_are_in_the_account(ranks: int, keys: dict[str, int]) -> None:
     pytest.importorskip("deepspeed", reason="needs the extra: pip install 'meshloom[deepspeed]'")
 
     def of(settings: dict[str, int]) -> tuple[ParallelConfig, RankCost]:
@@ -246,7 +246,7 @@ def test_gpu_gathers_a_few_blocks_of_offloaded_weights() -> None:
     assert 2 * 2 * block <= cost.gathered < 2 * (2 * block + 2 * 128256 * 8192)
 
 
-def test_what_is_locked_is_a_power_of_two() -> None:
+def test_locked_memory_is_a_power_of_two() -> None:
     assert [pinned(size) for size in (0, 1, 4096, 4097, 3 * 2**30)] == [0, 1, 4096, 8192, 2**32]
 
 

@@ -116,7 +116,7 @@ def test_free_disk_space_is_that_of_the_nearest_parent_folder(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_what_a_checkpoint_takes_is_what_a_run_saved(tmp_path: Path, ranks: int) -> None:
+def test_a_planned_checkpoint_is_as_large_as_a_saved_one(tmp_path: Path, ranks: int) -> None:
     words = [*TINY, f"output_dir={tmp_path}", "trainer.steps=2", f"launch.nproc={ranks}", "parallel.zero=1", "optim=adamw"]
     assert run_ranks(ranks, body, words) == [0] * ranks
     manifest = load_manifest(open_files(tmp_path / "checkpoints" / "step-00000002"))

@@ -156,7 +156,7 @@ def test_capacity_counts_what_rows_keep_on_the_host(tmp_path: Path) -> None:
     assert max(away) > 0
 
 
-def test_what_rows_keep_on_the_host_is_counted_for_any_documents() -> None:
+def test_copies_of_rows_on_the_host_are_counted_for_any_documents() -> None:
     words = [*WORDS, "parallel.hdp_tokens=512", "parallel.hdp_costs=h100", "trainer.activation=none", "model.layers=8"]
     found = make_plan([*words, "parallel.hdp_offload=true"])
     assert found.dealt is not None and found.dealt.on_host

@@ -69,7 +69,7 @@ def test_soap_is_counted_to_the_flop_but_for_its_decomposition() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 3, 8, 64])
 def test_matrices_are_dealt_as_the_run_deals_them(ranks: int) -> None:
-    """Where every rank holds a part of every matrix."""
+    """Every rank holds a part of every matrix."""
     kinds = ((5.0, 9, (5, 1)), (3.0, 14, (3, 1)), (1.0, 7, (1, 1)))
     costs = [cost for cost, count, _ in kinds for _ in range(count)]
     owners = choose_owners(costs, [range(ranks)] * len(costs))

@@ -32,7 +32,7 @@ def test_a_number_that_a_schedule_cannot_run_is_refused() -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_more_rounds_only_repeat_the_middle(schedule: str) -> None:
-    """What four rounds keep alive, forty keep; and every further round takes as long as the one before."""
+    """Forty rounds keep as much alive as four; and every further round takes as long as the one before."""
     parallel = ParallelConfig(pp=3, schedule=schedule)
     costs = [Costs(1.0, 1.5, 0.5)] * stage_count(parallel)
 

@@ -225,7 +225,7 @@ def test_a_step_is_drawn_under_hybrid_data_parallelism(capsys: pytest.CaptureFix
 
 
 def test_kernels_of_experts_are_counted_where_a_run_can_use_them() -> None:
-    """What GPUs can is not known to a plan: the larger need counts, unless the run keeps from the kernels."""
+    """A plan does not know which kernels the GPUs have: the larger need counts, unless the run uses no kernels."""
     words = [
         "recipe=moe_tiny",
         "model.dim=64",

@@ -128,7 +128,7 @@ def test_an_even_pipeline_waits_as_the_closed_form_says() -> None:
     assert "pipeline bubble" not in bound.parts and bound.seconds == pytest.approx(busy)
 
 
-def test_what_costs_time_is_a_part_of_its_own() -> None:
+def test_each_cost_in_time_is_a_part_of_its_own() -> None:
     plain = step_time(step(ParallelConfig(zero=3)))
     assert {"products", "attention", "pointwise", "recomputation", "update", "contention", "slowest rank"} <= plain.parts.keys()
     tensor = step_time(step(ParallelConfig(zero=3, tp=8)))

@@ -52,7 +52,7 @@ def two() -> Tuned:
     return tune([*LLAMA, "launch.nproc=2"], 139 * GIB)
 
 
-def test_what_fits_fits_by_the_plan_of_its_own_command_line(two: Tuned) -> None:
+def test_a_tuned_layout_fits_by_the_plan_of_its_command_line(two: Tuned) -> None:
     assert two.limit == pytest.approx((139 - RESERVE - SHARE * 139) * GIB)
     assert all(held(one.plan) <= two.limit for one in two.fitting)
     for one in two.fitting[::9]:
@@ -92,7 +92,7 @@ def test_where_memory_is_short_blocks_keep_what_they_can() -> None:
     ],
     ids=lambda given: " ".join(given),
 )
-def test_what_is_given_stays(given: dict[str, object]) -> None:
+def test_given_keys_stay(given: dict[str, object]) -> None:
     words = [f"{key}={value}" for key, value in given.items()]
     tuned = tune([*SMALL, "batch.samples=8", "launch.nproc=2", *words], 139 * GIB)
     assert len(tuned.fitting) > 1
@@ -342,7 +342,7 @@ def test_fused_swiglu_is_probed_once_and_only_if_it_matters() -> None:
     assert len(asked) == 1
 
 
-def test_what_gpus_compute_inside_products_need_not_fit() -> None:
+def test_results_inside_fused_products_need_not_fit() -> None:
     words = [*LLAMA, "launch.nproc=1", "parallel.zero=1", "batch.micro=4", "trainer.activation=none", f"{BUDGET}=null"]
     plain, fused = (tune(words, 139 * GIB, fused_swiglu_blocker=lambda why=why: why).fitting[0] for why in ("no", None))
     assert plain.bytes - fused.bytes == 16 * 32_768 * 8192 * 2  # silu(gate) · up of every layer: the 8.0 GiB that an H200 saved

@@ -65,7 +65,7 @@ def test_an_update_takes_as_long_as_what_holds_the_state() -> None:
 OFFLOADED = [*SMALL, "batch.samples=8", "launch.nproc=2", "trainer.activation=full"]
 
 
-def test_what_is_offloaded_must_fit_into_the_host(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloaded_state_must_fit_into_the_host(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes of a machine share its memory; where the GPUs here are asked, so is the host."""
     words = [*OFFLOADED, "parallel.offload=cpu", "checkpoint.every=0"]
     tuned = tune(words, 80 * GIB, host=500 * GIB)

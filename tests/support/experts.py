@@ -45,7 +45,7 @@ class PlainBalance:
         return sum((self._layer(name, counted_BS) for name in self._mixtures), torch.zeros((), dtype=torch.float64))
 
     def _read(self, name: str, router: Any) -> torch.Tensor:
-        """What a layer's logits are linear in: the input of the mixture, or the state of PyTorch's own cell in this layer."""
+        """Return that in which a layer's logits are linear: the mixture's input, or the state of PyTorch's own cell there."""
         x_BSD = self._inputs[name]
         if self._cell is None:
             return x_BSD

@@ -38,7 +38,7 @@ class BadSamples:
 
     @property
     def are_here(self) -> bool:
-        """Whether one of the samples is in the newest micro-batch."""
+        """Return whether one of the samples is in the newest micro-batch."""
         return bool(self._bad_B.any())
 
     def _look(self, _module: object, inputs: tuple[torch.Tensor, ...]) -> None:

@@ -30,7 +30,7 @@ class Curve:
 
 @dataclass
 class Sent:
-    """What islands have sent of the weights of a turn, and from how many tokens each has learned it. due: when it is used"""
+    """Differences that islands have sent of a turn's weights, and the tokens each learned from. due: when they are used"""
 
     due: int
     tokens: list[int]

@@ -25,7 +25,7 @@ class Instance:
 
     @property
     def args(self) -> tuple[Any, ...]:
-        """What the model's method is given."""
+        """The argument of the model's method."""
         return self.arguments
 
 

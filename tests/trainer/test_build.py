@@ -1,4 +1,4 @@
-"""What is agreed among ranks while a run is built."""
+"""Ranks agree on some things while a run is built."""
 
 from __future__ import annotations
 

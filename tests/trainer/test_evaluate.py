@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def own_row(run: Path) -> dict[str, Any]:
-    """What the run has measured itself."""
+    """Return what the run has measured itself."""
     rows = [json.loads(line) for line in (run / "run/metrics.jsonl").read_text().splitlines()]
     return next(row for row in reversed(rows) if "eval_loss" in row)
 
@@ -144,7 +144,7 @@ def test_tokens_without_text_have_no_bits_per_byte(tmp_path: Path) -> None:
         (["checkpoint=hf:HF"], "does not say what to evaluate it on"),
     ],
 )
-def test_what_can_not_be_evaluated_is_refused(
+def test_an_impossible_evaluation_is_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
     write_model(tmp_path / "theirs", vocabulary=257)

@@ -80,7 +80,7 @@ def test_mixtures_run_in_these_layouts(composer: Composer, world_size: int, word
         ("trainer.activation_budget=0.5", "trainer.activation_budget", "choose trainer.activation"),
     ],
 )
-def test_what_does_not_fit_a_mixture_is_named(composer: Composer, words: str, key: str, says: str) -> None:
+def test_keys_that_do_not_fit_a_mixture_are_named(composer: Composer, words: str, key: str, says: str) -> None:
     found = problems_of(composer, 2, "recipe=moe_tiny", *words.split())
     assert says in found[key]
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, and what keeps it from resuming in silence from none."""
+"""The checkpoint that a run resumes from; a run does not begin anew in silence where none is found."""
 
 from __future__ import annotations
 

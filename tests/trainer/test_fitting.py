@@ -71,7 +71,7 @@ def test_more_memory_keeps_more() -> None:
     assert decided(["recipe=llama_8b", "batch.samples=16"], 2, memory=178.0)[1] == "none"
 
 
-def test_what_is_typed_stays() -> None:
+def test_typed_keys_stay() -> None:
     assert decided([*AUTO, "trainer.activation=full"], 8)[1] == "full"
     assert decided([*AUTO, "batch.micro=2"], 8)[0] == 2
     fitting = Fitting(h100(8))

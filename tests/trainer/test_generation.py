@@ -46,7 +46,7 @@ def whole(**keys: Any) -> Decoder:
 
 
 def plain(model: Decoder, prompt: list[int], tokens: int, context: int) -> list[int]:
-    """What the model says when it reads everything again for each token."""
+    """Return what the model says when it reads everything again for each token."""
     said = list(prompt)
     with torch.no_grad():
         for _ in range(tokens):

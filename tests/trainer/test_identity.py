@@ -66,7 +66,7 @@ def test_run_killed_before_a_save_does_not_resume_from_another(tmp_path: Path) -
     assert [json.loads(row)["step"] for row in kept if "loss" in row] == [1, 2, 3]
 
 
-def test_what_was_moved_aside_can_be_branched_off(tmp_path: Path) -> None:
+def test_a_run_that_was_moved_aside_can_be_branched_off(tmp_path: Path) -> None:
     go(tmp_path, "trainer.steps=2")
     first = identity(tmp_path)
     go(tmp_path, "trainer.steps=1", "resume=none")

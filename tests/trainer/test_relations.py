@@ -44,7 +44,7 @@ FIT = [
 
 
 @pytest.mark.parametrize(("key", "world_size", "words"), FIT, ids=lambda value: value if isinstance(value, str) else "")
-def test_what_does_not_fit_is_told_by_key_with_a_fix(key: str, world_size: int, words: list[str]) -> None:
+def test_keys_that_do_not_fit_are_told_with_a_fix(key: str, world_size: int, words: list[str]) -> None:
     config = config_of("recipe=quickstart", *words)
     found = [problem for relation in RELATIONS for problem in relation.check(config, Start(world_size))]
     assert key in [problem.key for problem in found] and all(problem.fix for problem in found)
@@ -83,7 +83,7 @@ def test_relations_need_no_torch() -> None:
     assert ran.stdout.strip() == "False"
 
 
-def test_what_can_not_be_built_is_a_problem_of_its_group() -> None:
+def test_an_object_that_can_not_be_built_is_a_problem_of_its_group() -> None:
     def fails(error: Exception) -> list[Problem]:
         def check() -> list[Problem]:
             raise error

@@ -160,7 +160,7 @@ def test_null_list_and_added_overrides(composer: Composer) -> None:
     assert config.optim.betas == [0.8, 0.9] and config.parallel.deepspeed.config == {"x": {"y": 1}}
 
 
-def test_what_is_no_key_any_more_is_left_out(composer: Composer) -> None:
+def test_a_key_that_is_no_more_is_left_out(composer: Composer) -> None:
     saved = saved_run(composer)
     saved["bygone"] = {"a": 1}
     saved["trainer"]["bygone"] = saved["optim"]["bygone"] = 2

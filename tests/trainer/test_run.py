@@ -123,7 +123,7 @@ def test_restarted_job_uses_its_starting_checkpoint_only_once(tmp_path: Path) ->
     assert sorted(rows(tmp_path / "branch", "loss")) == [3, 4, 5, 6]
 
 
-def test_what_belongs_to_one_run_stays_with_it(tmp_path: Path) -> None:
+def test_state_that_belongs_to_one_run_stays_with_it(tmp_path: Path) -> None:
     """A wandb run goes on in a resumed run, wherever its folder is now, but a branch has one of its own."""
     hook = "trainer.hooks=[{_target_:support.run_hooks.Name}]"
     go(1, tmp_path / "trunk", hook, "trainer.steps=2")

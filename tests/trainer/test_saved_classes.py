@@ -95,7 +95,7 @@ def test_no_class_of_a_checkpoint_runs(trained: Path, tmp_path: Path, mark: Path
     assert not mark.exists()
 
 
-def test_what_was_not_forged_resumes(trained: Path, tmp_path: Path) -> None:
+def test_a_config_that_was_not_forged_resumes(trained: Path, tmp_path: Path) -> None:
     assert not resolved(forge(trained, tmp_path, lambda config: None)).problems
 
 
@@ -111,7 +111,7 @@ def test_a_class_that_todays_words_name_is_taken(trained: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("target", ["os.system", "meshloom.launch.torchrun.subprocess.run", "torch.os.system"])
 @pytest.mark.parametrize("place", [("extra",), ("optim", "nested"), ("trainer", "hooks"), ("optim",)])
-def test_what_is_no_class_for_a_run_is_never_offered(trained: Path, tmp_path: Path, place: Any, target: str) -> None:
+def test_a_class_that_suits_no_run_is_never_offered(trained: Path, tmp_path: Path, place: Any, target: str) -> None:
     node = {"_target_": target, "command": "it's"}
 
     def put(config: Any) -> None:
@@ -124,7 +124,7 @@ def test_what_is_no_class_for_a_run_is_never_offered(trained: Path, tmp_path: Pa
     assert target in problem.message and target not in problem.fix and "don't trust" in problem.fix
 
 
-def test_what_is_offered_can_be_typed(trained: Path, tmp_path: Path) -> None:
+def test_an_offered_class_can_be_typed(trained: Path, tmp_path: Path) -> None:
     """In a shell, where a value has both kinds of quotation marks."""
     hook = {"_target_": "support.run_hooks.Signal", "step": 9, "rank": 0, "name": "SIG'\"TERM"}
     step = forge(trained, tmp_path, lambda config: config["trainer"].update(hooks=[hook]))

@@ -1,4 +1,4 @@
-"""Which key has which side: a table by judgement, in which a new key has to be entered."""
+"""The side of each key: a table by judgement, in which a new key has to be entered."""
 
 from __future__ import annotations
 

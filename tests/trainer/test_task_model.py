@@ -63,7 +63,7 @@ def _forget_interface() -> None:
 
 
 def answers(rank: int, world_size: int) -> Answers:
-    """What the interface answers to every kind of request."""
+    """Return the interface's answers to every kind of request."""
     from lm_eval.api.instance import Instance
 
     from meshloom.parallel.config import ParallelConfig

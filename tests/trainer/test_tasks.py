@@ -105,7 +105,7 @@ def test_rows_are_sorted_and_shared() -> None:
 
 
 def answers(rank: int, world_size: int, folder: str, contexts: list[str]) -> list[str]:
-    """What the model says behind contexts, and then the score of the first: generation leaves no cache behind."""
+    """Return what the model says behind contexts, and then the score of the first: generation leaves no cache behind."""
     from lm_eval.api.instance import Instance
 
     from meshloom.parallel.config import ParallelConfig
@@ -279,7 +279,7 @@ def test_examples_are_the_same_each_time(folder: Path, monkeypatch: pytest.Monke
         (["tasks=choice", "context=48", "--output=gone/found.json"], "--output: 'gone/found.json' can't be written"),
     ],
 )
-def test_what_no_task_can_be_evaluated_with_is_refused(
+def test_a_run_that_suits_no_task_is_refused(
     folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
     assert main([f"checkpoint=hf:{folder}/model", *words]) == 2

@@ -1,4 +1,4 @@
-"""What only building a run's objects shows: an optimizer of a user's own that no engine could drive."""
+"""Problems that only building a run's objects shows: an optimizer of a user's own that no engine could drive."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_keys_that_a_class_refuses_are_a_problem_of_its_group(
         ("{_target_: meshloom.trainer.hooks.garbage.CollectGarbage, evry: 3}", "evry"),
     ],
 )
-def test_what_is_no_hook_is_refused(composer: Composer, hook: str, says: str) -> None:
+def test_a_value_that_is_no_hook_is_refused(composer: Composer, hook: str, says: str) -> None:
     good = "{_target_: meshloom.trainer.hooks.garbage.CollectGarbage, every: 3}"
     found = problems_of(composer, 1, f"trainer.hooks=[{good}, {hook}]")
     assert list(found) == ["trainer.hooks[1]"] and says in found["trainer.hooks[1]"]

@@ -109,7 +109,9 @@ def test_a_run_s_last_steps_are_averaged_generate_and_go_on(tmp_path: Path, caps
         (["1", "cut"], "another tokenizer"),
     ],
 )
-def test_what_has_no_mean_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+def test_arrays_without_a_mean_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
     for step in (1, 2):
         save(tmp_path / str(step), step, tokenizer="a")
     save(tmp_path / "cut", 3, tokenizer="b")

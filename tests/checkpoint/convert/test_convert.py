@@ -95,7 +95,7 @@ def test_export_brings_the_tokenizer_and_converts_types(tmp_path: Path) -> None:
     assert not [path.name for path in tmp_path.iterdir() if "other" in path.name], "half of an export"
 
 
-def test_what_hugging_faces_llama_can_not_say_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shapes_unknown_to_hugging_faces_llama_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     step, _ = save_llama(tmp_path / "run", mup_base=16)
     assert main(["export", str(step), str(tmp_path / "hf")]) == 1
     assert "muP" in capsys.readouterr().err

@@ -296,7 +296,7 @@ def test_deepspeeds_own_folder_survives_a_round_trip(tmp_path: Path, stage: int,
         (lambda state, held: [state.pop("progress"), state.update(imported_from={})], "without parameter groups"),
     ],
 )
-def test_what_deepspeed_could_not_go_on_from_is_refused(
+def test_a_step_that_deepspeed_could_not_resume_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, says: str
 ) -> None:
     state, held = copy.deepcopy(STATE), arrays()

@@ -64,7 +64,7 @@ def test_a_runs_own_state_is_taken_if_no_step_came_after_it(tmp_path: Path, step
     assert (found == state) is own and ("imported_from" in found) is not own
 
 
-def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = folder(tmp_path / "moments")
     content = torch.load(file_of(source, 1), weights_only=False)
     del content["optimizer_state_dict"]["base_optimizer_state"]["state"][1]["exp_avg"]

@@ -69,7 +69,7 @@ def test_noise_is_of_seed_and_name_and_as_large_as_asked_for(tmp_path: Path) -> 
     assert not torch.equal(one.layers["0"].ffn.router.weight, one.layers["1"].ffn.router.weight)
 
 
-def test_what_can_not_be_copies_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_copies_are_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_dense(tmp_path / "dense")
     words = ["upcycle", str(tmp_path / "dense"), str(tmp_path / "out"), "count=4", "top_k=9", "ffn_dim=5", "--noise", "-1"]
     assert main(words) == 1

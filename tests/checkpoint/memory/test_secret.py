@@ -69,7 +69,7 @@ def test_it_listens_on_one_interface(address: Address) -> None:
         socket.create_connection(("127.0.0.2", address.port), 5.0)
 
 
-def test_who_does_not_know_the_secret_is_sent_away(address: Address) -> None:
+def test_a_stranger_to_the_secret_is_sent_away(address: Address) -> None:
     with pytest.raises(CheckpointError, match="nobody who speaks to keepers"):
         Connection(replace(address, secret="guess"), 5.0)
     assert versions(address) == 0

@@ -121,7 +121,7 @@ def test_columns_of_integers_come_back() -> None:
         unpack("no column")
 
 
-def test_what_ranks_of_a_stage_hold_is_joined_by_name() -> None:
+def test_parts_on_ranks_of_a_stage_are_joined_by_name() -> None:
     ranks = fragments(make_arrays(), 4, 3)
     held = [[Declaration(f.name, f.role, "F32", f.global_shape, (), f.box) for f in rank] for rank in ranks]
     held[1] = [each for each in held[1] if each.name != "experts.w" or each.box == Box.whole(each.shape)]

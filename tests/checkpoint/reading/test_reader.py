@@ -155,7 +155,7 @@ def test_where_the_coordinator_can_not_look_the_others_are_told(tmp_path: Path, 
     assert all("Permission denied" in text for text in said), said
 
 
-def test_what_ranks_tell_each_other_of_their_needs_is_small(tmp_path: Path) -> None:
+def test_messages_about_ranks_needs_are_small(tmp_path: Path) -> None:
     count = 40 * 2**18
     files = LocalFiles(tmp_path / "step-00000001")
     save(tmp_path, [[Fragment("w", "weight", (count,), Box.whole((count,)), torch.zeros(count))]], 1)

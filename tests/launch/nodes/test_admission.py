@@ -156,7 +156,7 @@ def test_a_machine_with_a_loopback_address_lets_other_hosts_lead(tmp_path: Path)
     machine.close()
 
 
-def test_why_a_machine_does_not_come_stands_where_the_others_meet(tmp_path: Path) -> None:
+def test_a_refusal_stands_where_the_other_machines_meet(tmp_path: Path) -> None:
     write_refusal(tmp_path, "nobody is here")
     assert not list(tmp_path.iterdir())
     words = ["recipe=quickstart", "launch.nodes=2:3", "launch.nproc=1", "parallel.tp=7", f"output_dir={tmp_path}"]

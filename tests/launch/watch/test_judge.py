@@ -205,7 +205,7 @@ def test_a_host_without_news_is_no_fault_while_others_go_on() -> None:
     assert saves is not None and not saves.ends
 
 
-def test_who_joins_waits_for_those_that_prepare_or_have_not_begun() -> None:
+def test_a_rank_that_joins_waits_for_those_that_have_not_begun() -> None:
     joining = state(0, Phase.JOIN, 40.0, step=0, step_usual=None)
     others = [state(1, Phase.START, 60.0, step=0, step_usual=None), joining]
     assert judge(others) is None  # importing may take a while

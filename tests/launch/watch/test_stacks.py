@@ -95,7 +95,7 @@ Current thread 0x1 (most recent call first):
 '''
 
 
-def test_who_waits_in_a_save_for_other_ranks_is_told_from_who_writes() -> None:
+def test_a_rank_that_waits_in_a_save_is_told_from_one_that_writes() -> None:
     for text, waits in ((WAITS_IN_A_SAVE, True), (WAITS_IN_A_SAVE.replace("_await_key", "write"), False)):
         found = parse_own(text)
         assert found is not None and found.collective is waits

@@ -187,7 +187,7 @@ def test_ranks_that_follow_another_are_not_named(
     assert capsys.readouterr().err.startswith("rank 1 (")
 
 
-def test_what_is_private_in_torchrun_is_there() -> None:
+def test_private_names_of_torchrun_are_there() -> None:
     assert inspect.signature(LocalElasticAgent._monitor_workers).parameters.keys() == {"self", "worker_group"}
     for name in ("_remaining_restarts", "_monitor_workers"):
         assert name in inspect.getsource(SimpleElasticAgent._invoke_run)

@@ -37,7 +37,7 @@ def test_islands_that_agree_as_well_with_one_another_get_their_mean(islands: int
 
 @pytest.mark.parametrize("islands", [3, 4, 7])
 def test_pulls_of_all_islands_are_in_balance(islands: int) -> None:
-    """Which is the condition of a geometric median that is none of the points."""
+    """The condition of a geometric median that is none of the points."""
     rows = honest(islands, 0.4, size=40)
     rows[1] *= -50
     tokens = np.random.default_rng(islands).integers(80, 100, size=islands).astype(float)

@@ -21,7 +21,7 @@ def test_layers_are_dealt_in_strides_and_the_rest_goes_last() -> None:
     assert rounds.split(layers) == [["layers.0", "layers.2"], ["embed", "layers.1", "head"]]
 
 
-def test_what_can_not_be_is_refused_by_key() -> None:
+def test_impossible_values_are_refused_by_key() -> None:
     def keys(**values: object) -> set[str]:
         return {each.key for each in LocalConfig(islands=2, **values).problems()}  # type: ignore[arg-type]
 

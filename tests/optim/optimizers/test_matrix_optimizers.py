@@ -136,7 +136,7 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def polynomial_of_singular_values(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """What Newton–Schulz does, without its products: the polynomial iterated on the singular values."""
+    """Iterate Newton–Schulz's polynomial on the singular values, without its products."""
     left, values, right = np.linalg.svd(matrix.numpy(), full_matrices=False)
     a, b, c = COEFFICIENTS
     values = values / np.linalg.norm(values)

@@ -45,7 +45,7 @@ def test_active_parameters_of_a_mixture_are_told(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     "asked", [HparamsArguments(recipe="llama_8b", tokens="200B"), HparamsArguments(model="llama_tiny", tokens="2B")]
 )
-def test_what_is_printed_runs_as_it_stands(name: str, asked: HparamsArguments) -> None:
+def test_the_printed_command_runs_as_it_stands(name: str, asked: HparamsArguments) -> None:
     found = recommend(asked)
     config = config_of(*found.base, *getattr(found, name))
     assert run_problems(config, world_size=1) == []

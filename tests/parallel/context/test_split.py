@@ -98,7 +98,7 @@ def test_slices_cover_a_micro_batch_and_know_their_positions(kind: str, document
         (layout(2, "ulysses", tp=2), 16, "parallel.cp_kind", ["3 attention heads", "parallel.tp=2", "parallel.cp=1 or 3"]),
     ],
 )
-def test_what_cannot_be_cut_is_refused(config: ParallelConfig, seq_len: int, key: str, says: list[str]) -> None:
+def test_a_run_that_cannot_be_cut_is_refused(config: ParallelConfig, seq_len: int, key: str, says: list[str]) -> None:
     shape = DecoderConfig(dim=48, layers=1, heads=6, kv_heads=3, ffn_dim=8)
     (problem,) = context_problems(shape, config, seq_len)
     assert problem.key == key
@@ -107,6 +107,6 @@ def test_what_cannot_be_cut_is_refused(config: ParallelConfig, seq_len: int, key
 
 
 @pytest.mark.parametrize("config", [layout(1, "ring"), layout(4, "ring"), layout(2, "ulysses"), layout(3, "ulysses", tp=2)])
-def test_what_can_be_cut_is_not(config: ParallelConfig) -> None:
+def test_a_run_that_can_be_cut_is_not_refused(config: ParallelConfig) -> None:
     shape = DecoderConfig(dim=48, layers=1, heads=6, kv_heads=3, ffn_dim=8)
     assert context_problems(shape, config, 48) == []

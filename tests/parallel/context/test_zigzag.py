@@ -61,7 +61,7 @@ def test_documents_that_balance_whole_are_not_cut() -> None:
     assert all(piece.length in (500, 300, 200) for pieces in dealt for piece in pieces)
 
 
-def test_what_fits_nowhere_whole_fills_the_room() -> None:
+def test_a_document_that_fits_nowhere_whole_fills_the_room() -> None:
     """Three documents on two members: the third is cut in two, once."""
     dealt = deal_pieces(bounds(400, 400, 400), 1200, 2)
     assert [[piece[1:] for piece in pieces] for pieces in dealt] == [[(0, 400), (800, 200)], [(400, 400), (1000, 200)]]

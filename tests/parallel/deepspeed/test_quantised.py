@@ -194,6 +194,6 @@ def test_a_part_that_cannot_be_built_is_named_with_what_it_needs(
 
 
 def test_the_kernels_take_everything_for_fp16() -> None:
-    """Why quantised gradients are refused, which are fp32 here, and why DeepSpeed casts weights first."""
+    """The reason to refuse quantised gradients, which are fp32 here, and for DeepSpeed's cast of weights."""
     source = Path(deepspeed.__file__).parent / "ops/csrc/quantization/pt_binding.cpp"
     assert source.read_text().count("(__half*)input_vals.data_ptr()") == 2

@@ -146,7 +146,7 @@ def test_ranks_whose_experts_get_no_token_wait_for_none() -> None:
 
 
 class Order(TorchDispatchMode):
-    """What is begun in a forward pass of a mixture: exchanges of counts and of rows, and the shared experts."""
+    """List what a forward pass of a mixture begins: exchanges of counts and of rows, and the shared experts."""
 
     def __init__(self) -> None:
         super().__init__()

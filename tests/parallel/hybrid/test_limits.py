@@ -28,7 +28,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("key", "parallel", "others"), REFUSED, ids=[key for key, *_ in REFUSED])
-def test_what_does_not_fit_is_refused_by_key(key: str, parallel: dict[str, Any], others: dict[str, Any]) -> None:
+def test_keys_that_do_not_fit_are_refused(key: str, parallel: dict[str, Any], others: dict[str, Any]) -> None:
     found = list(hybrid_problems(ParallelConfig(hdp="greedy", **parallel), **{**FINE, **others}))
     assert [problem.key for problem in found] == [key] and all(problem.fix for problem in found)
     assert not list(hybrid_problems(ParallelConfig(hdp="greedy"), **FINE))

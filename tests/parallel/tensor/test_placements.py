@@ -92,7 +92,7 @@ SHAPE = {"heads": 12, "kv_heads": 4, "ffn_dim": 96, "vocabulary": 1000}
         ({}, {"tp": 4, "sequence_parallel": False}, 18, [], ""),
     ],
 )
-def test_what_cannot_be_cut_is_refused(
+def test_a_model_that_cannot_be_cut_is_refused(
     changes: dict[str, Any], parallel: dict[str, Any], seq_len: int, keys: list[str], said: str
 ) -> None:
     problems = tensor_problems(SimpleNamespace(**{**SHAPE, **changes}), ParallelConfig(**parallel), seq_len)

@@ -23,13 +23,13 @@ SHAPE = {"dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 96, "voca
         ("tensorwise", ParallelConfig(tp=2), "bf16", "parallel.tp=1"),
     ],
 )
-def test_what_cant_have_it_is_refused(recipe: str, parallel: ParallelConfig, precision: str, word: str) -> None:
+def test_a_run_that_cant_have_float8_is_refused(recipe: str, parallel: ParallelConfig, precision: str, word: str) -> None:
     found = [problem for problem in float8_problems(recipe, parallel, precision) if "torchao" not in problem.message]
     assert len(found) == 1
     assert found[0].key == "trainer.float8" and word in str(found[0])
 
 
-def test_what_is_no_recipe_is_refused() -> None:
+def test_a_value_that_is_no_float8_recipe_is_refused() -> None:
     (problem,) = TrainerConfig(steps=1, float8="blockwise").problems()
     assert problem.key == "trainer.float8" and "blockwise" in str(problem)
 

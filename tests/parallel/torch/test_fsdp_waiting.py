@@ -66,7 +66,7 @@ def phases_of_the_others(rank: int, world_size: int, parallel: ParallelConfig, f
 
 
 @pytest.mark.parametrize(("ranks", "parallel"), LAYOUTS)
-def test_who_waits_for_a_slow_rank_says_so(ranks: int, parallel: ParallelConfig, tmp_path: Path) -> None:
+def test_a_rank_that_waits_for_a_slow_one_says_so(ranks: int, parallel: ParallelConfig, tmp_path: Path) -> None:
     assert run_ranks(ranks, phases_of_the_others, parallel, tmp_path) == [(True, {Phase.EVALUATION})] * ranks
 
 
@@ -99,7 +99,7 @@ def enclosed(device: str, calls: Sequence[str], *, main: bool = True, group: Any
     return group, told
 
 
-def test_what_has_nothing_to_do_is_no_waiting() -> None:
+def test_a_rank_with_nothing_to_wait_for_does_not_wait() -> None:
     assert enclosed("cpu", ["wait_for_unshard"])[1] == []
     group, told = enclosed("cpu", ["unshard"])
     assert told == ["waits"]
@@ -128,7 +128,7 @@ def test_a_changed_fsdp_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
         assert len(caplog.records) == main
 
 
-def test_what_is_private_in_fsdp_is_there() -> None:
+def test_private_names_of_fsdp_are_there() -> None:
     assert all(callable(getattr(FSDPParamGroup, name)) for name in WAITING) and hasattr(FSDPParamGroup, "is_unsharded")
     module = inspect.getsource(sys.modules[FSDPParamGroup.__module__])
     assert "self.unshard(" in module and "self.wait_for_unshard(" in module  # looked up on the instance

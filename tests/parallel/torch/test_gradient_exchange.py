@@ -56,7 +56,7 @@ def work(kind: str = "auto", micro: int = 1, documents: bool = False, model: Any
 
 @dataclass(frozen=True)
 class Row:
-    """What is trained on hosts of so many ranks, and the levels in which it exchanges dense gradients."""
+    """Train on hosts of so many ranks. Return the result, and the levels in which dense gradients are exchanged."""
 
     per_host: int
     levels: tuple[int, ...]

@@ -96,7 +96,7 @@ SPOILT_CASES: dict[int, list[tuple[LocalConfig, ParallelConfig]]] = {
 
 @pytest.mark.parametrize("ranks", SPOILT_CASES)
 def test_an_island_of_wrong_weights_breaks_the_mean_and_not_the_median(ranks: int) -> None:
-    """Which is that of the whole differences by Newton's method, also where ranks hold parts of them."""
+    """It is that of the whole differences by Newton's method, also where ranks hold parts of them."""
     works = [replace(WORK, local=local, parallel=parallel, steps=6) for local, parallel in SPOILT_CASES[ranks]]
     results = run_ranks(ranks, trained_islands, works, SPOILT)
     good = plain_islands(replace(WORK, local=MEDIAN, steps=6))[0].evaluated

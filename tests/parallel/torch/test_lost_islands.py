@@ -76,7 +76,7 @@ def stretch(rank: int, world_size: int, folder: Path, number: int) -> list[Curve
 
 
 def test_a_run_goes_on_with_the_islands_that_are_there(tmp_path: Path) -> None:
-    """What each has learned counts by its tokens; one that comes begins at the outer weights."""
+    """Each island's difference counts by its tokens; one that comes begins at the outer weights."""
     stretches = [run_ranks(islands, stretch, tmp_path, number) for number, (_, islands) in enumerate(STRETCHES)]
     for at, (name, local) in enumerate(METHODS.items()):
         work = Work(ParallelConfig(zero=1), steps=STEPS, samples=7, lr=2e-3, local=local)

@@ -79,7 +79,7 @@ def written_to(rank: int, world_size: int) -> tuple[float, float, float, set[str
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_what_a_checkpoint_writes_is_computed_with(ranks: int) -> None:
+def test_values_that_a_checkpoint_writes_are_computed_with(ranks: int) -> None:
     for before, without, after, dtypes in run_ranks(ranks, written_to):
         assert dtypes == {"torch.float32"}
         assert without == pytest.approx(torch.tensor(61.0).log().item(), rel=1e-6)  # all weights 0: a uniform guess
@@ -209,7 +209,7 @@ def restored_again_and_again(rank: int, world_size: int, precision: str) -> int:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_is_restored_is_not_overtaken_by_what_was_under_way(precision: str) -> None:
+def test_restored_weights_are_not_overtaken_by_a_gather_under_way(precision: str) -> None:
     assert run_ranks(2, restored_again_and_again, precision) == [0, 0]
 
 

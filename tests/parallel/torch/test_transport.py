@@ -143,7 +143,7 @@ def asked_for(rank: int, world_size: int, works: list[Work]) -> list[tuple[list[
     return found
 
 
-def test_what_is_kept_is_no_more_than_what_is_on_its_way_at_once() -> None:
+def test_buffers_hold_no_more_than_is_on_its_way_at_once() -> None:
     """`cost.py` counts it: two groups that are gathered, and one as it is sent and as it is received."""
     works = [Work(ParallelConfig(zero=zero), **BF16) for zero in (2, 3)]
     first, second = run_ranks(2, asked_for, works)
@@ -367,7 +367,7 @@ def closed(rank: int, world_size: int) -> list[bool]:
     return [*there, dist.is_initialized()]
 
 
-def test_what_is_to_be_done_before_the_groups_go_is_done_once() -> None:
+def test_actions_before_the_groups_go_are_done_once() -> None:
     assert run_ranks(1, closed) == [[True, False]]
 
 

@@ -134,7 +134,7 @@ LAYOUTS = {
 
 
 def run(layout: str, folder: Path, fault: str, **keys: Any) -> tuple[list[Found], list[dict[str, Any]]]:
-    """What `spoilt` found on every rank, and the run's incidents."""
+    """Return what `spoilt` found on every rank, and the run's incidents."""
     ranks, parallel = LAYOUTS[layout]
     return run_ranks(ranks, spoilt, parallel, str(folder), fault, keys), list(read_incidents(folder))
 

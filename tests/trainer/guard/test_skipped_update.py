@@ -58,7 +58,7 @@ def state_of(engine: Engine) -> tuple[dict[str, torch.Tensor], dict[str, float]]
 
 
 def steps(rank: int, world_size: int, name: str) -> tuple[bool, bool, bool]:
-    """Whether a skipped update, by gradients that are nan, left all as it was; whether a good one did not; `masks_updates`."""
+    """Return whether an update skipped for nan gradients left all as it was; whether a good one did not; `masks_updates`."""
     work, config, _ = CASES[name]
     engine = engine_of(work, config, world_size)
 
@@ -113,7 +113,7 @@ def test_an_update_that_may_be_skipped_is_the_same() -> None:
 
 
 def moved_alike(rank: int, world_size: int) -> bool:
-    """Whether averages move alike with a skip that may be and without one."""
+    """Return whether averages move alike with a skip that may be and without one."""
     averages = [torch.linspace(-3, 3, 997).bfloat16() for _ in range(2)]
     other = torch.linspace(5, -7, 997).bfloat16()
     for average, skip in zip(averages, (None, torch.tensor(0.0)), strict=True):

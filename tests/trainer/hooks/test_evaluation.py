@@ -1,4 +1,4 @@
-"""When a run looks at its validation set: at multiples of any duration, whatever sizes its batches have."""
+"""The steps at which a run evaluates: at multiples of any duration, whatever sizes its batches have."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def evaluated(
 
 
 @pytest.mark.parametrize("written", [-1, "often", "0 samples", "0%"])
-def test_what_is_no_length_is_refused(written: str | int) -> None:
+def test_a_value_that_is_no_length_is_refused(written: str | int) -> None:
     (problem,) = TrainerConfig(steps=1, eval_every=written).problems()
     assert isinstance(problem, Problem) and "0 for never" in problem.fix
 

@@ -39,7 +39,7 @@ class Held:
     """Something whose end can be seen."""
 
 
-def test_what_survives_a_collection_goes_in_a_later_one() -> None:
+def test_objects_that_survive_a_collection_go_in_a_later_one() -> None:
     hook = CollectGarbage(every=10)
     hook.on_run_begin(cast(Any, None))
     try:

@@ -1,4 +1,4 @@
-"""When copies are compared: on ranks that have none, too, and before the save of a run that is asked to stop."""
+"""The steps at which copies are compared: on ranks that have none, too, and before the save of a run that is asked to stop."""
 
 from __future__ import annotations
 

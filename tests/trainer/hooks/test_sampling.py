@@ -121,7 +121,7 @@ def test_a_plain_model_gets_a_checkpoints_weights(tmp_path: Path, tied: bool) ->
 
 
 def sampled(folder: Path, make: Callable[[], nn.Module], dtype: torch.dtype) -> Path:
-    """Where the sample of a run's end is, if there is one."""
+    """Return the place of the sample at a run's end, if there is one."""
     loop: Any = SimpleNamespace(mesh=SimpleNamespace(device=torch.device("cpu")), horizon=SimpleNamespace(seq_len=8))
     SampleText("ab", 3, make, Letters(), 0, str(folder), dtype).on_run_end(loop, folder)
     return folder / "sample.txt"

@@ -1,4 +1,4 @@
-"""When a run asks its checkpointer for what: saves, confirmations, and the wait before an update."""
+"""A run's requests to its checkpointer: saves, confirmations, and the wait before an update."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ STORIES: dict[str, tuple[list[list[StepWork]], dict[str, Any], list[int]]] = {
 
 
 @pytest.mark.parametrize("name", STORIES)
-def test_who_is_slow(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_slow_ranks_are_named(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     work, parallel, slow = STORIES[name]
     watch(tmp_path, work, **parallel)
     incidents = list(read_incidents(tmp_path))

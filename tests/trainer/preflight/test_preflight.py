@@ -52,7 +52,7 @@ FAULTS: dict[str, tuple[dict[str, dict[int, Any]], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_what_is_found(name: str) -> None:
+def test_each_fault_is_found(name: str) -> None:
     changed, said = FAULTS[name]
     found = findings(reports(**changed))
     assert len(found) == len(said) and all(part in text for part, text in zip(said, found, strict=True)), found

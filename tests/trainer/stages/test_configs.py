@@ -54,7 +54,7 @@ WRONG = {
 }
 
 
-def test_what_is_wrong_with_stages_is_refused_by_key_at_once() -> None:
+def test_wrong_stages_are_refused_by_key_at_once() -> None:
     found = problems(*WRONG)
     assert set(found) == {key for key, _ in WRONG.values()}, found
     for key, said in WRONG.values():
@@ -73,7 +73,7 @@ def test_a_word_that_cannot_be_read_is_a_problem_beside_stages_too() -> None:
     assert [problem.key for problem in found.problems] == ["optim.lr=[", "stages.long.optim.lr"]
 
 
-def test_what_only_the_data_of_a_stage_show_names_the_stage() -> None:
+def test_problems_of_a_stages_data_name_the_stage() -> None:
     odd = "stages.b.validation={odd: {_target_: meshloom.data.synthetic.Synthetic, vocabulary: 99, validation_samples: 4}}"
     found = resolve_words(RECIPE, [odd])
     assert found.problems == ()

@@ -1,4 +1,4 @@
-"""Where a run stands among its stages: what began where, how long it lasts, and what a resumed run may change."""
+"""The place of a run among its stages: the beginnings and lengths of stages, and the changes that a resumed run may make."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_a_value_reads_back_as_it_was_written() -> None:
         ({"a": {"tokens": 5, "launch": {"nproc": 2}}}, "stages.a.launch.nproc", "of the whole run"),
     ],
 )
-def test_what_is_no_stage_is_refused_by_key(written: Any, key: str, said: str) -> None:
+def test_a_value_that_is_no_stage_is_refused_by_key(written: Any, key: str, said: str) -> None:
     _, (problem,) = read_stages(written)
     assert problem.key == key and said in problem.message and problem.fix
 

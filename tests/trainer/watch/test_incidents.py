@@ -50,7 +50,7 @@ def test_a_fault_of_the_disk_is_a_warning(tmp_path: Path, caplog: pytest.LogCapt
     assert list(read_incidents(tmp_path)) == []
 
 
-def test_what_a_full_disk_refused_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incidents_that_a_full_disk_refused_are_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = IncidentLog(tmp_path)
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, line: write(descriptor, line[:9]))

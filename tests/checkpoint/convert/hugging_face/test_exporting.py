@@ -85,7 +85,7 @@ def test_another_tokenizer_beside_it_is_left_out(tmp_path: Path, caplog: pytest.
     assert "not the tokenizer that the model was trained with" in caplog.text
 
 
-def test_what_an_import_said_comes_out_again(tmp_path: Path) -> None:
+def test_an_imports_config_comes_out_again(tmp_path: Path) -> None:
     folder = exported(saved_with_text(tmp_path / "run"))
     config = read(folder) | {"eos_token_id": [7, 8], "bos_token_id": 5, "max_position_embeddings": 4096}
     settings = {"temperature": 0.6, "eos_token_id": [7, 8, 9]}
@@ -106,7 +106,7 @@ def test_the_size_of_shards_is_typed(tmp_path: Path, size: str, files: int) -> N
 
 
 @pytest.mark.parametrize("size", ["big", "0GB", "2XB", "-1"])
-def test_what_is_no_size_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
+def test_a_value_that_is_no_size_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
     assert main(["export", str(save(tmp_path / "run")), str(tmp_path / "out"), f"--shard-size={size}"]) == 1
     assert "is no size" in capsys.readouterr().err
 
