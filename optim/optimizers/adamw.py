@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,12 @@ from .config import AdamWConfig, base_rate
 from .parameters import NamedParameter, Shards, decay_groups
 
 FUSED_DEVICES = ("cuda", "cpu")
+
+
+def have_kernels(weights: Iterable[torch.Tensor]) -> bool:
+    """Return whether our own kernels can update these weights: fp32, on a GPU with Triton."""
+    on_gpu = all(weight.is_cuda and weight.dtype == torch.float32 for weight in weights)
+    return on_gpu and importlib.util.find_spec("triton") is not None
 
 
 class AdamW(torch.optim.AdamW):
@@ -47,13 +53,12 @@ class AdamW(torch.optim.AdamW):
             foreach=None if fused else True,
         )
         self._compute_copies = {p.tensor: p.compute_copy for p in parameters if p.compute_copy is not None}
-        self._kernel = fused and importlib.util.find_spec("triton") is not None
+        self._fused = fused
 
     @property
     def fused_step(self) -> bool:
         """True where our own kernel does the step: see `FusedStep`."""
-        held = (tensor for group in self.param_groups for tensor in group["params"])
-        return self._kernel and all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in held)
+        return self._fused and have_kernels(tensor for group in self.param_groups for tensor in group["params"])
 
     @property
     def masked_step(self) -> bool:

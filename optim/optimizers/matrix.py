@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
-from .adamw import FUSED_DEVICES
+from .adamw import FUSED_DEVICES, have_kernels
 from .config import base_rate
 from .matrix_config import MatrixOptimConfig
 from .own_arrays import OwnArray
@@ -25,8 +25,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     """Updates whole matrices of blocks by a method of its subclass; embeddings, head and vectors by AdamW.
 
     Weight decay is decoupled in both. AdamW's rate is `adamw_lr`, moved by the schedule as `lr` is; by default it is `lr`.
+    For fp32 weights on a GPU with Triton the pointwise parts of the step are our own kernels, and it is a `FusedStep`.
     """
 
+    gradient_scale: torch.Tensor | None = None
     skip: torch.Tensor | None = None
     can_skip = False
     """True if `updates` obeys `taken`: false where the method decides on the host by the number of the step."""
@@ -52,6 +54,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {"lr": rate})
         self._betas, self._eps = tuple(config.adamw_betas), config.adamw_eps
         self._decay = {name: group["weight_decay"] for group in groups for name in group["names"]}  # type: ignore[attr-defined]
+        self._compute_copies: dict[torch.Tensor, torch.Tensor]
+        self._compute_copies = {each.tensor: each.compute_copy for each in parameters if each.compute_copy is not None}
         self._owned: dict[str, dict[str, torch.Tensor]] = {}  # role → name of the matrix → array
         self.matrices = shards.whole_matrices(self.hidden, cost)
 
@@ -83,17 +87,41 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     begin = (first, *(0 for _ in others))
                     yield OwnArray(matrix.parameter.name, role, array, whole, begin)
 
-    def updates(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def updates(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         """Compute what `lr` times is subtracted from each hidden parameter's shard, from the shards of the gradients.
 
         A collective: parallel to `hidden`, on every rank. By default each matrix is updated by `update_matrix`.
+
+        gradients: as the engine left them; `complete_gradients` says what is pending
         """
-        dtype = gradients[0].dtype
-        return self.matrices.map(gradients, lambda matrices, whole: list(map(self.update_matrix, matrices, whole)), dtype)
+        complete = self.complete_gradients(gradients)
+        return self.matrices.map(
+            complete, lambda matrices, whole: list(map(self.update_matrix, matrices, whole)), complete[0].dtype
+        )
+
+    def complete_gradients(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        """Return the hidden parameters' gradients in the masters' dtype, scaled, and all finite where the step is skipped.
+
+        One that is missing is zero: no token reached that matrix, whose owner still waits for every part.
+        """
+        weights: list[torch.Tensor] = [parameter.tensor for parameter in self.hidden]
+        complete = [
+            torch.zeros_like(w) if grad is None else grad.to(w.dtype) for w, grad in zip(weights, gradients, strict=True)
+        ]
+        if self.gradient_scale is not None:
+            torch._foreach_mul_(complete, self.gradient_scale)
+        if self.skip is not None:  # what is not finite would be, times 0, too
+            complete = [torch.where(self.skip > 0, 0.0, each) for each in complete]
+        return complete
 
     def update_matrix(self, matrix: Matrix, gradient: torch.Tensor) -> torch.Tensor:
         """Compute what `lr` times is subtracted from a whole matrix that this rank owns, and move its state."""
         raise NotImplementedError
+
+    @property
+    def fused_step(self) -> bool:
+        """True where our own kernels do the pointwise parts of the step: see `FusedStep`."""
+        return have_kernels(weight for group in self.param_groups for weight in group["params"])
 
     @property
     def masked_step(self) -> bool:
@@ -127,40 +155,45 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Take one update, with the exchanges of whole matrices."""
         assert closure is None
+        fused = self.fused_step
+        assert fused or self.gradient_scale is None, "only the fused step scales gradients"
         for group in self.param_groups:
             if group["label"] == ELEMENTWISE:
-                self._step_elementwise(group)
+                self._step_elementwise(group, fused)
         if self.hidden:
-            self._step_hidden()
-        self.skip = None
+            self._step_hidden(fused)
+        self.gradient_scale = self.skip = None
 
-    def _step_hidden(self) -> None:
-        # A matrix that no token reached has no gradient; its owner still waits for every part.
-        given = (parameter.tensor.grad for parameter in self.hidden)
-        weights: list[torch.Tensor] = [parameter.tensor for parameter in self.hidden]
-        gradients = [torch.zeros_like(w) if grad is None else grad.to(w.dtype) for w, grad in zip(weights, given, strict=True)]
-        if self.skip is not None:  # what is not finite would be, times 0, too
-            gradients = [torch.where(self.skip > 0, 0.0, each) for each in gradients]
+    def _step_hidden(self, fused: bool) -> None:
         for parameter in self.hidden:
             state = self.state[parameter.tensor]
             state["step"] = state.get("step", 0) + 1
-        updates = self.updates(gradients)
+        updates = self.updates([parameter.tensor.grad for parameter in self.hidden])
         rates = {name: group["lr"] for group in self.param_groups for name in group["names"]}
-        taken = self.taken
         for parameter, update in zip(self.hidden, updates, strict=True):
             rate, weight = rates[parameter.name], parameter.tensor
             kept = 1 - rate * self._decay[parameter.name]
-            if taken is None:
-                weight.mul_(kept)
-                weight.add_(update, alpha=-rate)
-            elif _keeps_numbers(weight):
-                weight.mul_(1 - taken.double() * (1 - kept))
-                weight.addcmul_(update, taken.double() * -rate)
-            else:
-                decayed = (weight * kept).add_(update, alpha=-rate)
-                weight.copy_(torch.where(taken > 0, decayed, weight))
+            if fused:
+                from ...kernels.triton_matrix_update import weight_update
 
-    def _step_elementwise(self, group: dict[str, Any]) -> None:
+                weight_update(weight, update, self._compute_copies.get(weight), self.skip, keep=kept, rate=rate)
+            else:
+                self._move_weight(weight, update, kept, rate)
+
+    def _move_weight(self, weight: torch.Tensor, update: torch.Tensor, kept: float, rate: float) -> None:
+        """Decay a weight and take a step, unless the step is not taken: w ← kept·w − rate·update."""
+        taken = self.taken
+        if taken is None:
+            weight.mul_(kept)
+            weight.add_(update, alpha=-rate)
+        elif _keeps_numbers(weight):
+            weight.mul_(1 - taken.double() * (1 - kept))
+            weight.addcmul_(update, taken.double() * -rate)
+        else:
+            decayed = (weight * kept).add_(update, alpha=-rate)
+            weight.copy_(torch.where(taken > 0, decayed, weight))
+
+    def _step_elementwise(self, group: dict[str, Any], fused: bool) -> None:
         weights: list[torch.Tensor] = [weight for weight in group["params"] if weight.grad is not None]
         if not weights:
             return
@@ -170,18 +203,29 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
             state["step"] = state.get("step", 0) + 1
         first, second = self._betas
-        fused = all(map(_is_fused, weights))
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        if fused:
+            from ...kernels.triton_adamw import adamw_update
+
+            settings: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay")}
+            settings |= {"betas": (first, second), "eps": self._eps}
+            for weight, gradient in zip(weights, gradients, strict=True):
+                state, copy = self.state[weight], self._compute_copies.get(weight)
+                moments, pending = (state["exp_avg"], state["exp_avg_sq"]), (self.gradient_scale, self.skip)
+                adamw_update(weight, gradient, *moments, copy, *pending, step=state["step"], **settings)
+            return
+        one_kernel = all(map(_is_fused, weights))
         steps = [torch.full((), float(self.state[weight]["step"] - 1), device=weight.device) for weight in weights]
         means, squares = ([self.state[weight][role] for weight in weights] for role in ("exp_avg", "exp_avg_sq"))
         adamw(
             weights,
-            [weight.grad for weight in weights if weight.grad is not None],
+            gradients,
             exp_avgs=means,
             exp_avg_sqs=squares,
             max_exp_avg_sqs=[],
             state_steps=steps,
-            foreach=not fused,
-            fused=fused,
+            foreach=not one_kernel,
+            fused=one_kernel,
             amsgrad=False,
             beta1=first,
             beta2=second,
@@ -189,7 +233,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=self._eps,
             maximize=False,
-            found_inf=self.skip if fused else None,
+            found_inf=self.skip if one_kernel else None,
         )
 
 

@@ -47,21 +47,38 @@ class Muon(MatrixOptimizer):
         assert len(computed) <= 1, f"matrices of one model are computed in {computed}"
         self._dtype = next(iter(computed), torch.float32)
 
-    def updates(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def updates(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         """Orthogonalise the momenta."""
         return self.matrices.map(self._momenta(gradients), self._direction, self._dtype)
 
-    def _momenta(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Move the momenta, and return what is orthogonalised."""
+    def _momenta(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        """Move the momenta, and return what is orthogonalised: finite also where the step is not taken."""
         states = [self.state[parameter.tensor] for parameter in self.hidden]
-        for state, gradient in zip(states, gradients, strict=True):
+        for state, parameter in zip(states, self.hidden, strict=True):
             if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(gradient)
-        momenta = [state["momentum"] for state in states]
-        self.move(momenta, gradients, 1 - self._momentum)
+                state["momentum"] = torch.zeros_like(parameter.tensor)
+        momenta: list[torch.Tensor] = [state["momentum"] for state in states]
+        if self.fused_step:
+            return self._momenta_in_one_pass(momenta, gradients)
+        complete = self.complete_gradients(gradients)
+        self.move(momenta, complete, 1 - self._momentum)
         if not self._nesterov:
             return momenta
-        return list(torch._foreach_lerp(list(gradients), momenta, self._momentum))
+        return list(torch._foreach_lerp(complete, momenta, self._momentum))
+
+    def _momenta_in_one_pass(
+        self, momenta: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor]:
+        """Do so by a kernel, which writes what is orthogonalised in the dtype in which it travels."""
+        from ...kernels.triton_matrix_update import momentum_update
+
+        results: list[torch.Tensor] = []
+        for momentum, gradient in zip(momenta, gradients, strict=True):
+            results.append(torch.empty_like(momentum, dtype=self._dtype))
+            gradient = torch.zeros_like(momentum) if gradient is None else gradient
+            pending = self.gradient_scale, self.skip
+            momentum_update(momentum, gradient, results[-1], *pending, beta=self._momentum, nesterov=self._nesterov)
+        return results
 
     def _direction(self, matrices: Sequence[Matrix], momenta: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         orthogonal = orthogonalize_all(momenta, self._steps)

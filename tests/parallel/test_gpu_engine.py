@@ -18,6 +18,8 @@ from meshloom.data.assignment import Share
 from meshloom.data.batch import MicroBatch
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.config import AdamWConfig
+from meshloom.optim.optimizers.matrix_config import MuonConfig
+from meshloom.optim.optimizers.muon import Muon
 from meshloom.optim.optimizers.parameters import FusedStep, NamedParameter, Shards
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engines import make_engine
@@ -39,6 +41,7 @@ class Case:
 
     micro: int = 4
     fused: bool = True
+    muon: bool = False
     compile: bool = False
     activation: str = "none"
     large: bool = False
@@ -54,6 +57,8 @@ def run(mesh: Mesh, case: Case) -> dict[str, Any]:
     """Its losses, what its first forward pass left in memory (MiB), and weights that are not their masters' rounded values."""
 
     def optimizer(parameters: Sequence[NamedParameter], shards: Shards) -> torch.optim.Optimizer:
+        if case.muon:
+            return Muon(MuonConfig(lr=case.rate), parameters, shards)
         return AdamW(AdamWConfig(lr=case.rate, fused=case.fused), parameters, shards)
 
     shape = (512, 4, 8, 4, 1536) if case.large else (128, 2, 2, 1, 256)
@@ -106,6 +111,14 @@ def test_fused_updates_train_as_torch_does() -> None:
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-2)
         assert ours["losses"][-1] < ours["losses"][0] - 0.5
         assert ours["different"] == theirs["different"] == []
+
+
+def test_muons_update_is_fused_whether_gradients_are_added_up_or_not() -> None:
+    one, several = measure(Case(4, muon=True), Case(2, muon=True))
+    for found in (one, several):
+        assert found["fused_step"] and found["different"] == []
+        assert found["losses"][-1] < found["losses"][0] - 0.5
+    assert one["losses"] == pytest.approx(several["losses"], rel=1e-2)
 
 
 POLICIES = ("none", "selective", "full", "offload")
