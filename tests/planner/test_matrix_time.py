@@ -143,7 +143,7 @@ def test_each_rank_updates_its_copy_where_weights_are_whole() -> None:
     sharded, whole = (parts_of([*words, f"parallel.zero={zero}"]) for zero in (1, 0))
     assert whole["update"] - STEP == pytest.approx(8 * (sharded["update"] - STEP), rel=0.01)
     kernels, matrices = Kernels(load_cluster(["cluster=h200x8"]), "fp32"), 16 * (2 * 2048 * (2048 + 512) + 3 * 2048 * 8192)
-    moved = kernels.pointwise(44 * 7 / 8 * matrices)
+    moved = kernels.pointwise(30 * 7 / 8 * matrices)
     assert whole["matrix update"] - sharded["matrix update"] == pytest.approx(moved, rel=0.01)
 
 
