@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from .loss import runs_triton
 from .random_bits import BoxIndex, indexed_rows, random_bits
 
 _LOW = 0xFFFF  # the bits of an fp32 number that bf16 has not
+
+
+@dataclass(frozen=True)
+class KeptWeight:
+    """What is kept of an fp32 weight between updates.
+
+    value      the weight rounded to bf16, contiguous
+    remainder  what rounding has left, in bf16: the weight is the sum of both. None: it is rounded by chance
+    key, box   of the random bits: `round_stochastic`'s key, and where the value lies in the whole weight
+    """
+
+    value: torch.Tensor
+    remainder: torch.Tensor | None
+    key: int
+    box: BoxIndex
 
 
 @torch.no_grad()

@@ -1,6 +1,12 @@
 """Round fp32 weights to bf16 in one pass over memory: by chance, or into two numbers. The formulas are those of `rounding.py`.
 
-PyTorch's own operations draw the bits in twenty passes over int64 arrays.
+PyTorch's own operations draw the bits in twenty passes over int64 arrays. Kernels of optimizers read and write weights by
+`load_weight` and `store_weight`. A weight is held in one of four ways:
+
+plain   in fp32
+copied  in fp32, and written in a lower precision, too
+chance  in bf16, rounded by chance
+sum     as the sum of two bf16 numbers
 
 Imported only where Triton is at hand.
 """
@@ -11,11 +17,15 @@ Imported only where Triton is at hand.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from .random_bits import BoxIndex, signed64
+from .rounding import KeptWeight
 
 _BLOCK = 1024
 
@@ -62,6 +72,61 @@ def _split(values, high, low, size, BLOCK: tl.constexpr):
     nearest = whole.to(tl.bfloat16)
     tl.store(high + at, nearest, mask=inside)
     tl.store(low + at, (whole - nearest.to(tl.float32)).to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def load_weight(weight, other, at, inside, HELD: tl.constexpr):
+    """Read weights as fp32. other: the remainders, where there are any."""
+    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    if HELD == "sum":
+        w += tl.load(other + at, mask=inside, other=0.0).to(tl.float32)
+    return w
+
+
+@triton.jit
+def store_weight(w, weight, other, at, inside, key, first, length, stride, HELD: tl.constexpr, ROWS: tl.constexpr):
+    """Write fp32 weights as they are held. other: the remainders, or copies in a lower precision, where there are any."""
+    if HELD == "chance":
+        tl.store(
+            weight + at, round_by_chance(w, random_bits(index_in_whole(at, first, length, stride, ROWS), key)), mask=inside
+        )
+    elif HELD == "sum":
+        nearest = w.to(tl.bfloat16)
+        tl.store(weight + at, nearest, mask=inside)
+        tl.store(other + at, (w - nearest.to(tl.float32)).to(tl.bfloat16), mask=inside)
+    else:
+        tl.store(weight + at, w, mask=inside)
+        if HELD == "copied":
+            tl.store(other + at, w.to(other.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class HeldWeight:
+    """Arguments of `load_weight` and `store_weight`.
+
+    place  (weight, other); draw  (key, first, length, stride)
+    """
+
+    place: tuple[torch.Tensor, torch.Tensor]
+    draw: tuple[int, int, int, int]
+    constants: dict[str, Any]
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, copy: torch.Tensor | None, kept: KeptWeight | None) -> HeldWeight:
+        """Describe an fp32 weight and its copy, if any; or what is kept in its place."""
+        if kept is None:
+            assert weight.is_contiguous() and (copy is None or copy.is_contiguous()), "elements are matched by their place"
+            held = "plain" if copy is None else "copied"
+            return cls((weight, weight if copy is None else copy), (0, 0, 0, 0), {"HELD": held, "ROWS": False})
+        assert kept.value.dtype == torch.bfloat16 and kept.value.is_contiguous(), (
+            "what is kept has fewer bits than what is computed"
+        )
+        if kept.remainder is not None:
+            assert kept.remainder.is_contiguous(), "elements are matched by their place"
+            return cls((kept.value, kept.remainder), (0, 0, 0, 0), {"HELD": "sum", "ROWS": False})
+        draw = signed64(kept.key), kept.box.first, kept.box.length, kept.box.stride
+        rows = kept.box.length < kept.value.numel()
+        return cls((kept.value, kept.value), draw, {"HELD": "chance", "ROWS": rows})
 
 
 def round_box(values: torch.Tensor, out: torch.Tensor, key: int, box: BoxIndex) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from ..models.costs import ForwardPass
 from ..optim.optimizers.config import AdamWConfig, OptimConfig
+from ..optim.optimizers.eight_bit_config import AdamW8bitConfig
 from ..optim.optimizers.matrix_config import MatrixOptimConfig
 from ..optim.optimizers.state_size import state_size
 from ..parallel.config import ParallelConfig
@@ -149,7 +150,7 @@ def optimizer_bytes(config: OptimConfig) -> OptimizerBytes | None:
     """
     if state_size(config, (1, 1), 1, hidden=False) is None:
         return None
-    fused = isinstance(config, AdamWConfig | MatrixOptimConfig)
+    fused = isinstance(config, AdamWConfig | AdamW8bitConfig | MatrixOptimConfig)
 
     def count(groups: Sequence[WeightGroup], unit: int) -> tuple[int | None, bool]:
         known: dict[int, int] = {}  # of groups of one kind, which share their shards

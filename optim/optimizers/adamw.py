@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ...kernels.rounding import KeptWeight
 from .config import AdamWConfig, base_rate
 from .parameters import NamedParameter, Shards, decay_groups
 
@@ -31,6 +32,7 @@ class AdamW(torch.optim.AdamW):
 
     gradient_scale: torch.Tensor | None = None
     skip: torch.Tensor | None = None
+    kept: Mapping[torch.Tensor, KeptWeight] | None = None
 
     def __init__(
         self,
@@ -65,6 +67,11 @@ class AdamW(torch.optim.AdamW):
         """True where the step is one kernel: ours and torch's can be skipped on the device. See `MaskedStep`."""
         return all(group["fused"] for group in self.param_groups)
 
+    @property
+    def rounded_step(self) -> bool:
+        """True where our own kernel does the step: see `RoundedStep`."""
+        return self.fused_step
+
     def forget_steps(self, count: int) -> None:
         """See `MaskedStep`. torch's own kernel counts on the device, and has not counted them."""
         if self.fused_step:
@@ -75,12 +82,13 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Take one update."""
         if not self.fused_step or closure is not None:
-            assert self.gradient_scale is None, "only the fused step scales gradients"
+            assert self.gradient_scale is self.kept is None, "only the fused step scales gradients, and rounds weights"
             self.found_inf = self.skip  # torch's name for it; read with getattr by its fused kernel
             self.skip = None
             return super().step(closure)
         from ...kernels.triton_adamw import adamw_update
 
+        kept = self.kept or {}
         for group in self.param_groups:
             settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
             for weight in group["params"]:
@@ -96,7 +104,8 @@ class AdamW(torch.optim.AdamW):
                 adamw_update(
                     *(weight, weight.grad, *moments, compute_copy, self.gradient_scale, self.skip),
                     step=float(state["step"]),
+                    kept=kept.get(weight),
                     **settings,
                 )
-        self.gradient_scale = self.skip = None
+        self.gradient_scale = self.skip = self.kept = None
         return None

@@ -10,17 +10,22 @@ their borders.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from ...config.problems import ConfigError, Problem
+from ...kernels.code_tables import CodeTable
+from ...kernels.loss import runs_triton
+from ...kernels.rounding import KeptWeight
 from .config import base_rate
 from .eight_bit_config import AdamW8bitConfig
 from .own_arrays import OwnArray
 from .parameters import NamedParameter, Shards, decay_groups
 
 EXPONENTS = 7
+LARGEST_BLOCK = 8192  # elements that the kernel can hold at once
 
 
 @functools.cache
@@ -57,13 +62,19 @@ def dequantize(codes_RC: torch.Tensor, scales_RB: torch.Tensor, table_256: torch
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with quantised moments: they are restored, moved and quantised again within a step.
 
-    Raises ConfigError where a rank's columns begin or end inside a block.
+    For fp32 weights on a GPU with Triton the update of a weight is one kernel, a `FusedStep`: its codes are those of PyTorch's
+    operations, up to the rounding of moments. Raises ConfigError where a rank's columns begin or end inside a block.
     """
+
+    gradient_scale: torch.Tensor | None = None
+    skip: torch.Tensor | None = None
+    kept: Mapping[torch.Tensor, KeptWeight] | None = None
 
     def __init__(self, config: AdamW8bitConfig, parameters: Sequence[NamedParameter], shards: Shards) -> None:
         self._betas, self._eps, self._block = config.betas, config.eps, config.block
         self._parameters = list(parameters)
         self._tables: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+        self._code_tables: dict[torch.device, tuple[CodeTable, CodeTable]] = {}
         self._coded = {p.name: _is_coded(p, config) for p in parameters}
         cut = [p for p in parameters if self._coded[p.name] and p.cuts_columns_inside(config.block)]
         if cut:
@@ -84,14 +95,77 @@ class AdamW8bit(torch.optim.Optimizer):
                         shape, begin = (rows, -(-columns // self._block)), (first_row, first_column // self._block)
                         yield OwnArray(parameter.name, role, scales, shape, begin)
 
+    @property
+    def fused_step(self) -> bool:
+        """True where one kernel does the step of each weight: see `FusedStep`."""
+        longest = max((min(self._block, p.tensor.shape[1]) for p in self._parameters if self._coded[p.name]), default=0)
+        weights = [parameter.tensor for parameter in self._parameters]
+        fitting = all(weight.dtype == torch.float32 and runs_triton(weight) for weight in weights)
+        return fitting and longest <= LARGEST_BLOCK
+
+    @property
+    def masked_step(self) -> bool:
+        """True where the kernels can be skipped on the device: see `MaskedStep`."""
+        return self.fused_step
+
+    @property
+    def rounded_step(self) -> bool:
+        """True where the kernels round weights: see `RoundedStep`."""
+        return self.fused_step
+
+    def forget_steps(self, count: int) -> None:
+        """See `MaskedStep`."""
+        for state in self.state.values():
+            if state:
+                state["step"] -= count
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Take one update."""
         assert closure is None
         settings = {name: (group["lr"], group["weight_decay"]) for group in self.param_groups for name in group["names"]}
+        fused = self.fused_step
+        assert fused or self.gradient_scale is self.skip is self.kept is None, "only the fused step takes them"
         for parameter in self._parameters:
-            if parameter.tensor.grad is not None:
-                self._step(parameter, parameter.tensor.grad.to(parameter.tensor.dtype), *settings[parameter.name])
+            gradient = parameter.tensor.grad
+            if gradient is not None and fused:
+                self._fused_step(parameter, gradient, *settings[parameter.name])
+            elif gradient is not None:
+                self._step(parameter, gradient.to(parameter.tensor.dtype), *settings[parameter.name])
+        self.gradient_scale = self.skip = self.kept = None
+
+    def _fused_step(self, parameter: NamedParameter, gradient: torch.Tensor, lr: float, weight_decay: float) -> None:
+        from ...kernels.triton_adamw import adamw_update
+        from ...kernels.triton_eight_bit import adamw_8bit_update
+
+        weight, state = parameter.tensor, self.state[parameter.tensor]
+        state["step"] = state.get("step", 0) + 1
+        betas = self._betas[0], self._betas[1]
+        settings: dict[str, Any] = {
+            "step": state["step"],
+            "lr": lr,
+            "betas": betas,
+            "eps": self._eps,
+            "weight_decay": weight_decay,
+        }
+        given = parameter.compute_copy, self.gradient_scale, self.skip
+        kept = None if self.kept is None else self.kept.get(weight)
+        if self._coded[parameter.name]:
+            moments = self._held(parameter, "exp_avg"), self._held(parameter, "exp_avg_sq")
+            tables = self._code_tables_on(weight.device)
+            adamw_8bit_update(weight, gradient, *moments, tables, *given, block=self._block, kept=kept, **settings)
+        else:
+            for role in ("exp_avg", "exp_avg_sq"):
+                if role not in state:
+                    state[role] = torch.zeros_like(weight)
+            adamw_update(weight, gradient, state["exp_avg"], state["exp_avg_sq"], *given, kept=kept, **settings)
+
+    def _code_tables_on(self, device: torch.device) -> tuple[CodeTable, CodeTable]:
+        """Return the tables of both moments. Kept: making them waits for the device."""
+        if device not in self._code_tables:
+            first, second = (torch.tensor(dynamic_table(signed), dtype=torch.float32) for signed in (True, False))
+            self._code_tables[device] = CodeTable.of(first).on(device), CodeTable.of(second).on(device)
+        return self._code_tables[device]
 
     def _step(self, parameter: NamedParameter, gradient: torch.Tensor, lr: float, weight_decay: float) -> None:
         weight, state = parameter.tensor, self.state[parameter.tensor]
@@ -116,12 +190,16 @@ class AdamW8bit(torch.optim.Optimizer):
             self._tables[key] = torch.tensor(dynamic_table(role == "exp_avg"), dtype=like.dtype, device=like.device)
         return self._tables[key]
 
+    def _held(self, parameter: NamedParameter, role: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a moment's codes and scales; of zeros where there are none."""
+        state = self.state[parameter.tensor]
+        if f"{role}_code" not in state:
+            self._write(parameter, role, torch.zeros_like(parameter.tensor))
+        return state[f"{role}_code"], state[f"{role}_scale"]
+
     def _read(self, parameter: NamedParameter, role: str) -> torch.Tensor:
         """Return a moment's values; zeros where there is none."""
-        state, weight = self.state[parameter.tensor], parameter.tensor
-        if f"{role}_code" not in state:
-            self._write(parameter, role, torch.zeros_like(weight))
-        return dequantize(state[f"{role}_code"], state[f"{role}_scale"], self._table(role, weight), self._block)
+        return dequantize(*self._held(parameter, role), self._table(role, parameter.tensor), self._block)
 
     def _write(self, parameter: NamedParameter, role: str, values: torch.Tensor) -> None:
         """Write a moment into its codes and scales, in place where they are."""

@@ -24,6 +24,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from ...kernels.rounding import KeptWeight
+
 
 @dataclass(eq=False)
 class NamedParameter:
@@ -99,6 +101,19 @@ class MaskedStep(Protocol):
     def forget_steps(self, count: int) -> None:
         """Take the last steps, all of them skipped, out of counts that the host keeps."""
         ...
+
+
+@runtime_checkable
+class RoundedStep(Protocol):
+    """An optimizer whose `step()` can update bf16 weights that have no fp32 masters: see `kernels/rounding.py`."""
+
+    @property
+    def rounded_step(self) -> bool:
+        """True if `step()` obeys `kept`."""
+        ...
+
+    kept: Mapping[torch.Tensor, KeptWeight] | None
+    """What the next `step()`, and only that, reads and writes in the place of weights, by weight; None: the weights."""
 
 
 @runtime_checkable

@@ -176,9 +176,9 @@ class TorchEngine:
         """Take one optimizer step, and let the balance of experts learn from the step."""
         if self._balance is not None:
             self._balance.learn(skip)
-        self.weights.wait_all_gather(compute_copies=self._update.fused)
-        self.weights.begin_update()
-        self._update.step(lr, skip)
+        self.weights.wait_all_gather(compute_copies=self._update.fused or self._update.rounded)
+        kept = self.weights.begin_update(rounded=self._update.rounded)
+        self._update.step(lr, skip, kept)
         self.weights.all_gather_weights(copied=self._update.fused)
 
     def forget_updates(self, count: int) -> None:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ...kernels.rounding import KeptWeight
 from ...models.protocol import Model
 from ..fragment import Fragment
 from ..mesh import Mesh
@@ -153,10 +154,14 @@ class MasterWeights(WeightStrategy):
                 unit.all_gather()
         self._current = True
 
-    def begin_update(self) -> None:
-        """Make the masters from the weights, where they exist only during an update."""
-        if self._rounded is not None:
+    def begin_update(self, *, rounded: bool) -> Mapping[torch.Tensor, KeptWeight]:
+        """Make the masters from the weights, where they exist only during an update that can't do without them."""
+        if self._rounded is None:
+            return {}
+        kept = self._rounded.kept() if rounded else {}
+        if not kept:
             self._rounded.make()
+        return kept
 
     def fragments(self) -> Iterator[Fragment]:
         """Yield what masters that exist only during an update leave behind.

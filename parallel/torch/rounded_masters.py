@@ -1,7 +1,8 @@
 """bf16 weights that are all that is kept: their fp32 masters exist only during an update.
 
 Before an update the masters' memory is taken, and filled from the bf16 weights. The optimizer updates them as ever. Then they
-are rounded back into the weights, and their memory is freed. A step is mostly smaller than a bf16 number's spacing, so
+are rounded back into the weights, and their memory is freed. An optimizer that is a `RoundedStep` does all of it element by
+element, and masters never have memory. A step is mostly smaller than a bf16 number's spacing, so
 rounding to the nearest would lose it. Two ways keep it:
 
 bf16_stochastic  rounds up or down by chance, so that the mean is exact (arXiv 2010.06192); drawn by seed, weight, number of
@@ -16,7 +17,8 @@ from collections.abc import Iterator, Mapping
 import torch
 import xxhash
 
-from ...kernels.rounding import round_stochastic, split_in_two
+from ...kernels.random_bits import BoxIndex
+from ...kernels.rounding import KeptWeight, round_stochastic, split_in_two
 from ..fragment import REMAINDER, Fragment
 from .strategy import LocalWeight
 
@@ -62,12 +64,31 @@ class RoundedMasters:
             if self._remainders:
                 split_in_two(master, copy, self._remainders[name])
             else:
-                key = xxhash.xxh3_64_intdigest(f"{self._seed}/rounding/{number}/{name}".encode())
                 placed = weight.placed
-                round_stochastic(master, copy, key=key, global_shape=placed.global_shape, offsets=placed.box.offsets)
+                place = {"global_shape": placed.global_shape, "offsets": placed.box.offsets}
+                round_stochastic(master, copy, key=self._key(name, number), **place)
             weight.tensor.untyped_storage().resize_(0)
         self.counters = dict.fromkeys(self.counters, number + 1)
         self._exist = False
+
+    def kept(self) -> dict[torch.Tensor, KeptWeight]:
+        """Return what an update without masters reads and writes, by master; it counts as a rounding.
+
+        Empty where masters exist, or a weight's rows are not evenly apart in the whole one: then the update needs masters.
+        """
+        number, found = int(self.counters.get(ROUNDINGS, 0)), dict[torch.Tensor, KeptWeight]()
+        for name, (weight, copy) in self._weights.items():
+            placed = weight.placed
+            box = BoxIndex.of(tuple(copy.shape), placed.global_shape, placed.box.offsets)
+            if self._exist or box is None:
+                return {}
+            found[weight.tensor] = KeptWeight(copy, self._remainders.get(name), self._key(name, number), box)
+        self.counters = dict.fromkeys(self.counters, number + 1)
+        return found
+
+    def _key(self, name: str, number: int) -> int:
+        """Return the key of the bits drawn for a weight in a rounding."""
+        return xxhash.xxh3_64_intdigest(f"{self._seed}/rounding/{number}/{name}".encode())
 
     def fragments(self) -> Iterator[Fragment]:
         """Yield the remainders."""

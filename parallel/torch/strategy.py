@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ...kernels.rounding import KeptWeight
 from ...models.protocol import Model
 from ..fragment import Fragment
 from ..shards import Placed
@@ -66,8 +67,12 @@ class WeightStrategy:
     def wait_all_gather(self, *, compute_copies: bool) -> None:
         """Wait until no all-gather uses `tensor`, before it is read or written. compute_copies: they will be written, too."""
 
-    def begin_update(self) -> None:
-        """Make every `tensor` exist, with the weights' values, before an update."""
+    def begin_update(self, *, rounded: bool) -> Mapping[torch.Tensor, KeptWeight]:
+        """Make every `tensor` exist, with the weights' values, before an update.
+
+        rounded: the optimizer can do without some. Then return what it updates in their place, by `tensor`.
+        """
+        return {}
 
     def fragments(self) -> Iterator[Fragment]:
         """Yield what checkpoints store of the weights besides their values."""

@@ -7,7 +7,8 @@ from typing import cast
 
 import torch
 
-from ...optim.optimizers.parameters import AveragesWeights, FusedStep, MaskedStep
+from ...kernels.rounding import KeptWeight
+from ...optim.optimizers.parameters import AveragesWeights, FusedStep, MaskedStep, RoundedStep
 from .strategy import LocalWeight
 
 
@@ -16,6 +17,7 @@ class Update:
 
     fused     whether its step scales gradients and writes compute copies on the way (`FusedStep`)
     masked    whether its step can be skipped on the device (`MaskedStep`)
+    rounded   whether its step can update bf16 weights that have no masters (`RoundedStep`)
     averages  it, if it trains at other weights than those that are evaluated and saved (`AveragesWeights`)
     """
 
@@ -23,6 +25,7 @@ class Update:
         self._optimizer, self._weights = optimizer, weights
         self.fused = isinstance(optimizer, FusedStep) and optimizer.fused_step
         self.masked = isinstance(optimizer, MaskedStep) and optimizer.masked_step
+        self.rounded = isinstance(optimizer, RoundedStep) and optimizer.rounded_step
         self.averages = optimizer if isinstance(optimizer, AveragesWeights) else None
 
     @property
@@ -36,16 +39,19 @@ class Update:
         else:
             torch._foreach_mul_(gradients, factor)
 
-    def step(self, lr: float, skip: torch.Tensor | None = None) -> None:
+    def step(self, lr: float, skip: torch.Tensor | None = None, kept: Mapping[torch.Tensor, KeptWeight] | None = None) -> None:
         """Take one optimizer step at this learning rate.
 
         skip: 1 on the device if the step is not to be taken; the host waits for it unless `masked`
+        kept: what is updated in the place of weights; only if `rounded`
         """
         if skip is not None:
             if self.masked:
                 cast(MaskedStep, self._optimizer).skip = skip
             elif skip.item():
                 return
+        if kept:
+            cast(RoundedStep, self._optimizer).kept = kept
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._optimizer.step()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
+from ...kernels.rounding import KeptWeight
 from ...models.protocol import Model, hidden_matrices
 from ...optim.optimizers.parameters import NamedParameter
 from ..config import ParallelConfig
@@ -140,10 +141,10 @@ class Weights(WeightStrategy):
         for strategy in self.strategies:
             strategy.wait_all_gather(compute_copies=compute_copies)
 
-    def begin_update(self) -> None:
-        """Make every group's masters exist."""
-        for strategy in self.strategies:
-            strategy.begin_update()
+    def begin_update(self, *, rounded: bool) -> Mapping[torch.Tensor, KeptWeight]:
+        """Begin every group's update, and return what is updated in the place of all their weights."""
+        begun = [strategy.begin_update(rounded=rounded) for strategy in self.strategies]
+        return {weight: kept for each in begun for weight, kept in each.items()}
 
     def fragments(self) -> Iterator[Fragment]:
         """Yield what checkpoints store of every group besides its weights."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from meshloom.config.problems import ConfigError
+from meshloom.kernels.code_tables import CodeTable
 from meshloom.optim.build import build_optimizer
 from meshloom.optim.optimizers.config import AdamWConfig, LionConfig, OptimConfig
 from meshloom.optim.optimizers.eight_bit import AdamW8bit, dequantize, dynamic_table, quantize
@@ -43,6 +44,23 @@ def test_codes_are_the_nearest_and_blocks_keep_apart() -> None:
         min(dynamic_table(True), key=lambda v: abs(v - x)) * s for x, s in ((0.5, 1), (-1, 1), (1, 2), (5e-4, 2), (0, 0))
     ]
     assert back[0].tolist() == pytest.approx(nearest, rel=1e-6)
+
+
+def test_a_cell_and_one_comparison_find_the_nearest_code() -> None:
+    random = torch.Generator().manual_seed(0)
+    for signed in (True, False):
+        tables = CodeTable.of(table(signed))
+        borders = tables.borders[:-1]
+        drawn = torch.randn(50_000, generator=random) * 10.0 ** -(torch.rand(50_000, generator=random) * 12)
+        beside = [torch.nextafter(borders, borders.new_tensor(towards)) for towards in (9.0, -9.0)]
+        special = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 3e38, torch.inf, -torch.inf])
+        numbers = torch.cat([drawn, borders, *beside, tables.values, special])
+        assert torch.equal(tables.nearest(numbers), torch.bucketize(numbers, borders).to(torch.uint8))
+
+
+def test_borders_within_a_cell_are_refused() -> None:
+    with pytest.raises(ValueError, match="lower 16 bits"):
+        CodeTable.of(torch.linspace(1, 1.001, 256))
 
 
 def trained(config: OptimConfig, steps: int = 30) -> torch.Tensor:

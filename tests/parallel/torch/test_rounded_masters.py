@@ -9,6 +9,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,10 +18,13 @@ from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.folder import step_name
 from meshloom.checkpoint.restore import restore
+from meshloom.kernels.random_bits import random_bits
+from meshloom.kernels.rounding import split_in_two
 from meshloom.optim.build import build_optimizer
+from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.config import AdamWConfig, LionConfig, OptimConfig
 from meshloom.parallel.config import ParallelConfig
-from meshloom.parallel.engine import Engine
+from meshloom.parallel.engine import Engine, OptimizerFactory
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
@@ -37,13 +41,19 @@ STEP = 1e-5  # a fiftieth of the spacing of bf16 numbers about 0.07
 
 
 def engine_of(
-    parallel: ParallelConfig, world_size: int, masters: str, config: OptimConfig, work: Work = WORK, seed: int = 7
+    parallel: ParallelConfig,
+    world_size: int,
+    masters: str,
+    config: OptimConfig,
+    work: Work = WORK,
+    seed: int = 7,
+    make: OptimizerFactory | None = None,
 ) -> Engine:
     mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
     with torch.device("meta"):
         model = decoder(**work.llama())
     settings = settings_of(model, parallel, precision="bf16", seed=seed, masters=masters)
-    return make_engine(model, mesh, functools.partial(build_optimizer, config), parallel, settings)
+    return make_engine(model, mesh, make or functools.partial(build_optimizer, config), parallel, settings)
 
 
 def weights(engine: Engine) -> torch.Tensor:
@@ -110,6 +120,54 @@ def test_bits_are_equal_on_zero_0_and_1_and_after_a_restore() -> None:
         for first, *others in run_ranks(2, bits, kind):
             for other in others:
                 assert first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
+
+
+class InPlace(AdamW):
+    """AdamW that updates what is kept in the place of masters, as a kernel of a GPU does, by PyTorch's operations."""
+
+    rounded_step = True
+    updates = 0
+
+    def step(self, closure: Any = None) -> None:
+        kept, self.kept = self.kept or {}, None
+        for weight, held in kept.items():
+            assert not weight.untyped_storage().size(), "masters have no memory"
+            weight.untyped_storage().resize_(weight.numel() * 4)
+            weight.data.copy_(held.value.float() if held.remainder is None else held.value.float() + held.remainder.float())
+        super().step()
+        for weight, held in kept.items():
+            if held.remainder is not None:
+                split_in_two(weight.data, held.value, held.remainder)
+            else:
+                at = torch.arange(weight.numel()).view(weight.shape)
+                index = held.box.first + at // held.box.length * held.box.stride + at % held.box.length
+                drawn = (random_bits(held.key, index) & 0xFFFF).int()
+                held.value.copy_(((weight.data.view(torch.int32) + drawn) & ~0xFFFF).view(torch.float32))
+            weight.untyped_storage().resize_(0)
+        self.updates += bool(kept)
+
+
+def in_place(rank: int, world_size: int, kind: str) -> list[tuple[torch.Tensor, Any]]:
+    """Weights and counters after steps, with masters and without, on two layouts and after a restore's preparation."""
+    found: list[tuple[torch.Tensor, Any]] = []
+    for parallel in (ParallelConfig(zero=1), ParallelConfig(zero=1, tp=2)):
+        for optimizer in (AdamW, InPlace):
+            config = AdamWConfig(lr=0.01, fused=False)
+            engine = engine_of(parallel, world_size, kind, config, make=functools.partial(optimizer, config))
+            engine.prepare_restore()
+            engine.load_counters({name: 3.0 if name == "roundings" else 0.0 for name in engine.counters()})
+            for number in range(3):
+                update(engine, number)
+            found.append((weights(engine), engine.counters()))
+            assert optimizer is AdamW or engine.optimizer.updates == 3, "the first update has masters"  # type: ignore[attr-defined]
+    return found
+
+
+def test_an_update_without_masters_has_their_bits() -> None:
+    for kind in ("bf16_stochastic", "bf16_kahan"):
+        for ranks in run_ranks(2, in_place, kind):
+            for with_masters, without in zip(*[iter(ranks)] * 2, strict=True):
+                assert torch.equal(with_masters[0], without[0]) and with_masters[1] == without[1]
 
 
 MIXTURE = replace(WORK, model=(("experts", {"count": 4, "top_k": 2, "ffn_dim": 6}),))
