@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from meshloom.models.config import DecoderConfig
-from meshloom.optim.optimizers.newton_schulz import cost
+from meshloom.optim.optimizers.newton_schulz_forms import cost
 from meshloom.optim.optimizers.parameters import NamedParameter, matrices_of, number_waves
 from meshloom.parallel.exchange_levels import exchange_levels
 from meshloom.parallel.matrix_plan import MatrixPlan

@@ -6,13 +6,15 @@ import logging
 from dataclasses import replace
 
 from ..config.problems import ConfigError
-from ..kernels import precompile, swiglu
+from ..kernels import precompile, swiglu, symmetric
 from ..kernels.attention_blocks import Kernel
 from ..kernels.attention_timing import flash4_compilations
 from ..kernels.precompile import Compilation
 from ..models.config import DecoderConfig
 from ..models.mixture import grouped
 from ..models.protocol import Model
+from ..optim.optimizers.config import OptimConfig
+from ..optim.optimizers.matrix_config import MuonConfig
 from .attention_choice import choose_attention, ring_kernel_problems, shape_of, windows_of
 from .config import ParallelConfig
 from .deepspeed.engine import DeepSpeedEngine
@@ -58,15 +60,17 @@ def _tell_of_experts(shape: DecoderConfig, settings: EngineSettings) -> None:
         log.warning("balance.counts=prefix: losses depend on how a batch is cut into passes")
 
 
-def start_compiling(model: Model, parallel: ParallelConfig, settings: EngineSettings) -> None:
+def start_compiling(model: Model, parallel: ParallelConfig, settings: EngineSettings, optim: OptimConfig | None = None) -> None:
     """Pre-compile the third-party kernels that `make_engine` will need, where this machine does not have them yet.
 
-    Called by the first rank of a machine, before it uses its GPU.
+    Called by the first rank of a machine, before it uses its GPU. optim: of a run that trains
     """
     shape = model.decoder_config
     if shape is None or settings.precision != "bf16" or not settings.seq_len:
         return
     works: dict[str, Compilation] = {}
+    if isinstance(optim, MuonConfig):
+        works[symmetric.NAME] = symmetric.unsupported_reason
     for window in windows_of(shape):
         works |= flash4_compilations(shape_of(shape, parallel, settings.seq_len, window))
     if fused_swiglu_blocker(shape, parallel, settings) is None:

@@ -21,6 +21,7 @@ from ..optim.optimizers.matrix_config import (
     NaturalGaLoreConfig,
     SOAPConfig,
 )
+from ..optim.optimizers.newton_schulz_forms import groups_of_steps, products
 from .kernel_time import Kernels
 from .network import Group
 from .parameters import Inventory
@@ -35,6 +36,8 @@ gradient read for its norm and for the momentum, the momentum read and written, 
 read, weight and the computation's copy written), and of the others, whose gradients are scaled in place."""
 OWNED = 40
 """Bytes per element that an owner's pointwise operations read and write, in fp32: moments, their roots, scales, norms."""
+NORMALIZING = 5
+"""Elements that Newton–Schulz moves for one of a matrix, beside products: read for the norm, divided by it, copied back."""
 
 Shape = tuple[int, int]
 
@@ -119,16 +122,11 @@ def matrix_seconds(config: MatrixOptimConfig, shape: Shape, kernels: Kernels) ->
     """Predict the update of one matrix on its owner."""
     rows, columns = shape
     if isinstance(config, MuonConfig):
-        return config.ns_steps * _iteration(shape, kernels) + kernels.pointwise(4 * kernels.unit * rows * columns)
-    products = sum(kernels.product(*sizes) * times for sizes, times in _products(config, shape))
-    return products + kernels.pointwise(OWNED * rows * columns)
-
-
-def _iteration(shape: Shape, kernels: Kernels) -> float:
-    """Predict a Newton–Schulz iteration: X·Xᵀ, its square, and their product with X."""
-    short, long = sorted(shape)
-    seconds = kernels.product(short, short, long) + kernels.product(short, short, short)
-    return seconds + kernels.product(short, long, short) + kernels.pointwise(3 * kernels.unit * short * long)
+        # Of symmetric results both halves: whether a GPU has a kernel that computes only one is not known here.
+        sizes, moved = products(rows, columns, groups_of_steps(rows, columns, config.ns_steps)), NORMALIZING * kernels.unit
+    else:
+        sizes, moved = _products(config, shape), OWNED
+    return sum(kernels.product(*size) * times for size, times in sizes) + kernels.pointwise(moved * rows * columns)
 
 
 def _products(config: MatrixOptimConfig, shape: Shape) -> Iterator[tuple[tuple[int, int, int], float]]:

@@ -76,7 +76,7 @@ def run(resolved: ResolvedRun, stop: StopRequest | None = None) -> int:
     data, sets = prepared_stages(resolved)
     if is_first_on_host():
         model = build_model(config.model, config.model.vocabulary or data[0].vocabulary)
-        start_compiling(model, parallel, engine_settings(config, model, data[0].seq_len))
+        start_compiling(model, parallel, engine_settings(config, model, data[0].seq_len), config.optim)
     heartbeat.beat(Phase.JOIN)
     mesh = Mesh.connect(_layout_of(resolved), pick_device(), parallel.timeout, heartbeat)
     heartbeat.beat(Phase.START)

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 
+from ...kernels import symmetric
 from .matrix import MatrixOptimizer
 from .matrix_config import MuonConfig, NorMuonConfig
-from .newton_schulz import cost, orthogonalize_all
+from .newton_schulz import ITERATED_IN, orthogonalize_all
+from .newton_schulz_forms import cost
 from .parameters import Matrix, NamedParameter, Shards
 
 
@@ -27,8 +30,9 @@ class Muon(MatrixOptimizer):
     original         √max(1, rows/columns)
     mup              √(rows/columns): the spectral norm that lets the best rate carry over widths (arXiv 2310.17813)
 
-    The products of the iteration are in the dtype of the forward pass, and so is what travels between ranks. With `per_head`
-    each head's rows of a query, key or value projection are a matrix, and so is each part of a projection that joins several.
+    What travels between ranks has the dtype of the forward pass. The products of the iteration have it, too, but in
+    place of bf16 they are in fp16. With `per_head` each head's rows of a query, key or value projection are a matrix, and so is
+    each part of a projection that joins several.
     """
 
     can_skip = True
@@ -42,13 +46,15 @@ class Muon(MatrixOptimizer):
         )
         self.keeps_lr_scale = config.scale == "match_rms_adamw"
         self.divides_parts = config.per_head
-        super().__init__(config, parameters, shards, cost)
+        super().__init__(config, parameters, shards, functools.partial(cost, steps=config.ns_steps))
         computed = {parameter.compute or parameter.tensor.dtype for parameter in self.hidden}
         assert len(computed) <= 1, f"matrices of one model are computed in {computed}"
         self._dtype = next(iter(computed), torch.float32)
 
     def updates(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         """Orthogonalise the momenta."""
+        if self._dtype in ITERATED_IN:
+            symmetric.prepare(self.hidden[0].tensor.device)
         return self.matrices.map(self._momenta(gradients), self._direction, self._dtype)
 
     def _momenta(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
@@ -81,8 +87,7 @@ class Muon(MatrixOptimizer):
         return results
 
     def _direction(self, matrices: Sequence[Matrix], momenta: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        orthogonal = orthogonalize_all(momenta, self._steps)
-        return [each * self._factor(*matrix.shape) for matrix, each in zip(matrices, orthogonal, strict=True)]
+        return orthogonalize_all(momenta, self._steps, self._factor)
 
     def _factor(self, rows: int, columns: int) -> float:
         if self._scale == "match_rms_adamw":

@@ -2,47 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from ...kernels.symmetric import symmetric_product
+from .newton_schulz_forms import STEPS, groups_of_steps
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic a·x + b·x³ + c·x⁵ that Keller Jordan's Muon iterates: steep at 0, and within 0.7 to 1.2 near 1."""
-STEPS = 5
 EPS = 1e-7
+ITERATED_IN = {torch.bfloat16: torch.float16}
+"""Dtypes whose matrices are iterated in another. When they are divided by their norm all numbers are of moderate size: fp16 has
+three more bits for them than bf16, and products in it are as fast. In bf16 the error is about six times as large."""
 
 
-def orthogonalize(matrices_BRC: torch.Tensor, steps: int = STEPS) -> torch.Tensor:
-    """Replace the singular values of each matrix by about 1, keeping its singular vectors: (B, R, C), in its dtype.
+def orthogonalize(matrices: Sequence[torch.Tensor], steps: int = STEPS, factor: float = 1.0) -> torch.Tensor:
+    """Replace the singular values of each matrix by about `factor`, keeping its singular vectors.
 
+    matrices: of one shape (rows, columns), not changed. Returns (matrices, rows, columns), in the iteration's dtype.
     A matrix is divided by its Frobenius norm first, so that no singular value exceeds 1. Zero stays zero.
     """
-    a, b, c = COEFFICIENTS
-    rows, columns = matrices_BRC.shape[-2:]
-    x = matrices_BRC.mT if rows > columns else matrices_BRC
-    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + EPS)
-    for _ in range(steps):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        # Not by a on the polynomial's diagonal: rounded to bf16 there, it would make every row too long or too short alike.
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if rows > columns else x
+    rows, columns = matrices[0].shape
+    x, wide = _normalized(matrices), rows <= columns
+    groups = groups_of_steps(rows, columns, steps)
+    for number, count in enumerate(groups):
+        short = x if wide else x.mT
+        q = _polynomial(symmetric_product(short, short.mT), count, factor if number == len(groups) - 1 else 1.0)
+        x = q @ x if wide else x @ q  # on the side of the shorter dimension: neither is ever transposed in memory
+    return x
 
 
-def orthogonalize_all(matrices: Sequence[torch.Tensor], steps: int = STEPS) -> list[torch.Tensor]:
-    """Orthogonalise matrices of any shapes, those of equal shape together."""
-    by_shape: dict[torch.Size, list[int]] = {}
+def orthogonalize_all(
+    matrices: Sequence[torch.Tensor], steps: int = STEPS, factor: Callable[[int, int], float] = lambda _rows, _columns: 1.0
+) -> list[torch.Tensor]:
+    """Orthogonalise matrices of any shapes, those of equal shape together. factor: by rows and columns"""
+    by_shape: dict[tuple[int, int], list[int]] = {}
     for number, matrix in enumerate(matrices):
-        by_shape.setdefault(matrix.shape, []).append(number)
+        by_shape.setdefault((matrix.shape[0], matrix.shape[1]), []).append(number)
     results: list[torch.Tensor] = list(matrices)
-    for numbers in by_shape.values():
-        batch = orthogonalize(torch.stack([matrices[number] for number in numbers]), steps)
+    for shape, numbers in by_shape.items():
+        batch = orthogonalize([matrices[number] for number in numbers], steps, factor(*shape))
         for number, result in zip(numbers, batch, strict=True):
             results[number] = result
     return results
 
 
-def cost(rows: int, columns: int) -> float:
-    """Count the multiplications of one iteration, by which matrices are shared out."""
-    short, long = sorted((rows, columns))
-    return 2.0 * short * short * long + short**3
+def _normalized(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Write matrices, each over its norm, into one batch: a pass over memory, besides that of the norm."""
+    first = matrices[0]
+    norm_dtype = torch.promote_types(first.dtype, torch.float32)
+    norms = torch.stack([torch.linalg.vector_norm(each, dtype=norm_dtype) for each in matrices]) + EPS
+    batch = torch.empty(len(matrices), *first.shape, dtype=ITERATED_IN.get(first.dtype, first.dtype), device=first.device)
+    for number, each in enumerate(matrices):
+        torch.div(each, norms[number : number + 1], out=batch[number])  # of one dimension: it is not rounded to `each`'s dtype
+    return batch
+
+
+def _polynomial(gram: torch.Tensor, count: int, factor: float) -> torch.Tensor:
+    """Return what so many iterations multiply a matrix by, times `factor`, from its Gram matrix: (matrices, short, short)."""
+    a, b, c = COEFFICIENTS
+    q: torch.Tensor | None = None
+    for left in reversed(range(count)):
+        last = factor if left == 0 else 1.0
+        alone = last if q is None else 1.0
+        z = symmetric_product(gram, gram, gram, alpha=alone * c, beta=alone * b)  # without a·I, for small eigenvalues
+        if left:
+            half = symmetric_product(gram, z, gram, beta=a)
+            gram = symmetric_product(half, z, half, beta=a)
+        if q is None:
+            q = z
+            q.diagonal(dim1=-2, dim2=-1).add_(alone * a)
+        else:
+            q = symmetric_product(q, z, q, alpha=last, beta=last * a)
+    assert q is not None
+    return q

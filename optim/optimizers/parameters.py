@@ -292,16 +292,20 @@ def _matrices_in(parameter: NamedParameter, whole: torch.Tensor) -> Sequence[tor
 
 
 def number_waves(matrices: Sequence[Matrix], owners: Sequence[int]) -> list[int]:
-    """Number the wave of each matrix: an owner's matrices in order, as many in a wave as `WAVE` elements hold."""
+    """Number the wave of each matrix: as many of an owner's are in one as `WAVE` elements hold.
+
+    An owner's matrices are taken by shape, the largest first, so that a wave has many of one shape: they are computed together.
+    """
     begun: dict[int, tuple[int, int]] = {}  # owner → its current wave, and the elements in it
-    numbers: list[int] = []
-    for matrix, owner in zip(matrices, owners, strict=True):
-        size = matrix.shape[0] * matrix.shape[1]
-        wave, filled = begun.get(owner, (0, 0))
-        if filled and filled + size > WAVE:
+    numbers = [0] * len(matrices)
+    shapes = [matrix.shape for matrix in matrices]
+    for number in sorted(range(len(shapes)), key=lambda each: (-shapes[each][0] * shapes[each][1], shapes[each], each)):
+        rows, columns = shapes[number]
+        wave, filled = begun.get(owners[number], (0, 0))
+        if filled and filled + rows * columns > WAVE:
             wave, filled = wave + 1, 0
-        begun[owner] = wave, filled + size
-        numbers.append(wave)
+        begun[owners[number]] = wave, filled + rows * columns
+        numbers[number] = wave
     return numbers
 
 
@@ -311,6 +315,10 @@ class LocalMatrices:
     def __init__(self, parameters: Sequence[NamedParameter]) -> None:
         self._parameters = parameters
         self.owned: Sequence[Matrix] = matrices_of(parameters)
+        self._waves: list[list[int]] = []
+        for number, wave in enumerate(number_waves(self.owned, [0] * len(self.owned))):
+            self._waves.extend([] for _ in range(wave + 1 - len(self._waves)))
+            self._waves[wave].append(number)
 
     def map(self, parts: Sequence[torch.Tensor], function: MatrixFunction, dtype: torch.dtype) -> list[torch.Tensor]:
         """Apply the function to some matrices at a time: as many as `WAVE` elements hold, or one."""
@@ -320,12 +328,10 @@ class LocalMatrices:
             for parameter, part, result in zip(self._parameters, parts, results, strict=True)
             for home in zip(_matrices_in(parameter, part), _matrices_in(parameter, result), strict=True)
         ]
-        waves = number_waves(self.owned, [0] * len(homes))
-        for wave in sorted(set(waves)):
-            begin, end = waves.index(wave), waves.index(wave) + waves.count(wave)
-            whole = [part.to(dtype) for part, _ in homes[begin:end]]
-            for (_, home), result in zip(homes[begin:end], function(self.owned[begin:end], whole), strict=True):
-                home.copy_(result)
+        for wave in self._waves:
+            whole = [homes[number][0].to(dtype) for number in wave]
+            for number, result in zip(wave, function([self.owned[number] for number in wave], whole), strict=True):
+                homes[number][1].copy_(result)
         return results
 
 

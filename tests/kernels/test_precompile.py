@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from meshloom.kernels import driver, precompile
+from meshloom.optim.optimizers.matrix_config import MuonConfig
 from meshloom.parallel import engines
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
@@ -184,3 +185,6 @@ def test_kernels_that_a_run_will_need_are_compiled(
         model = decoder(dim=256, layers=1, heads=4, kv_heads=2, ffn_dim=512, vocabulary=64)
     engines.start_compiling(model, parallel, settings)
     assert len(begun) == kernels
+    begun.clear()
+    engines.start_compiling(model, parallel, settings, MuonConfig())
+    assert len(begun) == (kernels + 1 if kernels else 0)

@@ -22,6 +22,7 @@ from meshloom.optim.optimizers.matrix_config import (
     SOAPConfig,
 )
 from meshloom.optim.optimizers.newton_schulz import orthogonalize
+from meshloom.optim.optimizers.newton_schulz_forms import cost as multiplications
 from meshloom.optim.optimizers.parameters import NamedParameter, Unsharded
 from meshloom.optim.optimizers.soap import SOAP
 from meshloom.parallel.config import ParallelConfig
@@ -47,9 +48,11 @@ def counted_flops(config: MatrixOptimConfig, shape: tuple[int, int]) -> float:
 
 def test_newton_schulz_is_counted_to_the_flop() -> None:
     for shape in ((8, 24), (24, 8), (16, 16)):
-        with FlopCounterMode(display=False) as counter:
-            orthogonalize(torch.randn(1, *shape), 5)
-        assert counted_flops(MuonConfig(), shape) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+        for steps in (5, 7):
+            with FlopCounterMode(display=False) as counter:
+                orthogonalize([torch.randn(shape)], steps)
+            assert counted_flops(MuonConfig(ns_steps=steps), shape) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+            assert 2 * multiplications(*shape, steps) == counter.get_total_flops(), "owners are chosen by it"
 
 
 def test_soap_is_counted_to_the_flop_but_for_its_decomposition() -> None:

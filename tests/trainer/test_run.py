@@ -20,6 +20,7 @@ from meshloom.checkpoint.restore import read_state
 from meshloom.config.problems import ConfigError
 from meshloom.data.version import NEWEST
 from meshloom.models.decoder import Decoder
+from meshloom.optim.optimizers.config import OptimConfig
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
 from meshloom.trainer import run as run_module
@@ -150,7 +151,7 @@ def asked_to_compile(rank: int, world_size: int, overrides: list[str]) -> list[t
     """Layers and positions of what this process would have compiled: before it has connected, or there is an error."""
     asked: list[tuple[int, int]] = []
 
-    def start_compiling(model: Decoder, parallel: ParallelConfig, settings: EngineSettings) -> None:
+    def start_compiling(model: Decoder, parallel: ParallelConfig, settings: EngineSettings, optim: OptimConfig) -> None:
         asked.append((len(model.block_modules()), settings.seq_len))
 
     def connect(*_: object) -> None:
