@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         help="a key in which the runs may differ, such as seed",
     )
     parser.add_argument("--output", type=Path, help="folder for fit.png, fit.svg and fit.json (default: nothing is written)")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     try:
         runs = read_runs(arguments.runs, arguments.varies)
         fits = fit_all(runs)

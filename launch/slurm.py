@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config-dir", help="folder of further recipes, as for meshloom train")
     parser.add_argument("-m", "--multirun", action="store_true", help="a sweep: a job array with a run for each combination")
     parser.add_argument("overrides", nargs="*", help="key=value")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     write = sweep_script if arguments.multirun else script
     try:
         print(write(arguments.overrides, arguments.config_dir), end="")

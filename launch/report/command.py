@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, help="folder to write to (default: report/ in the first folder given)")
     parser.add_argument("--serve", action="store_true", help="write nothing: show the page at an address of this machine, live")
     parser.add_argument("--port", type=int, default=8765, help="with --serve; 0: any free one (default: %(default)s)")
-    arguments = parser.parse_args(list(argv))
+    arguments = parser.parse_intermixed_args(list(argv))
     if arguments.serve and arguments.output is not None:
         parser.error("--serve writes nothing: leave out --output")
     if missing := [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]:

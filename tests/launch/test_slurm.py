@@ -249,6 +249,14 @@ def test_a_sweep_is_an_array_with_the_folders_of_train_m() -> None:
     assert words[-1] == "output_dir='outputs/llama_1b/sweep/optim.lr=0.003_seed=1'"
 
 
+def test_switches_may_stand_between_the_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `meshloom train` takes them."""
+    words = ["recipe=llama_1b", "-m", "optim.lr=1e-3,3e-3", "--config-dir", str(tmp_path), "launch.runs_at_once=1"]
+    assert slurm.main(words) == 0
+    text = capsys.readouterr().out
+    assert directives(text)["array"] == "0-1%1" and f"--config-dir={tmp_path}" in text
+
+
 def test_a_sweep_s_results_are_told_in_a_step_as_the_site_starts_them() -> None:
     image = ["recipe=llama_1b", "launch.container.image=a.sif", "launch.container.runtime=apptainer", "optim.lr=1e-3,3e-3"]
     text = slurm.sweep_script([*image, "launch.srun_args=['--mpi=pmix','--nodes=4']"])

@@ -221,7 +221,7 @@ def test_a_pipeline_is_drawn_for_the_processes_of_its_run_not_of_this_machine(tm
 def test_folders_without_runs_are_refused_all_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bare/.hydra").mkdir(parents=True)
     (tmp_path / "bare/.hydra/config.yaml").write_text("a: 1")  # Hydra's own
-    assert main([str(tmp_path / "bare"), str(tmp_path / "absent")]) == 2
+    assert main([str(tmp_path / "bare"), "--port", "0", str(tmp_path / "absent")]) == 2, "options stand anywhere"
     error = capsys.readouterr().err
     assert "bare: holds no run; give a run's output_dir" in error and "absent: is no folder" in error
 

@@ -92,7 +92,7 @@ def test_runs_that_cannot_be_read_are_named(tmp_path: Path, plain: Any, capsys: 
     write(broken, plain, [3.0], 8)
     (broken / "metrics.jsonl").write_text("{")
     (tmp_path / "empty").mkdir()
-    assert main([str(tmp_path / name) for name in ("good", "short", "broken", "empty")]) == 2
+    assert main([str(good), "--varies", "seed", *(str(tmp_path / name) for name in ("short", "broken", "empty"))]) == 2
     refused = capsys.readouterr().err
     assert "short: can't be read as a finished run: it stopped at 2 of 9 steps" in refused
     assert "broken: can't be read" in refused and "empty: holds no run" in refused and "3 problems" in refused
