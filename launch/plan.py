@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config.problems import ConfigError, Problem
 from ..planner.cluster import ClusterConfig, options
@@ -20,6 +21,12 @@ from .plan_cluster import refuse_too_few, split_words
 from .plan_documents import mean_length, read_documents, step_documents
 from .planning import resolve_plan, without_searched
 from .switches import BAD_CONFIG
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..trainer.schema import RunConfig
+    from .planning import Plan
 
 WIDTH = 120  # columns, where no terminal says
 WIDE = 140  # of a table of layouts
@@ -168,7 +175,6 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
     from rich.console import Console
 
     from ..data.lengths import describe_lengths
-    from ..planner.drawing import pipeline_svg
     from ..planner.host import available_memory
     from ..planner.tables import gib, plan_tables
     from ..planner.time_tables import misfits, time_tables
@@ -176,21 +182,15 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
     from .planning import exchange_notes, plan_of, spared_by_fusing, time_caveats
     from .shortages import shortages
 
-    drawing: Path | None = arguments.draw_pipeline
     documents = None if arguments.documents is None else step_documents(resolved.config, arguments.documents)
     per_host = None if cluster is None else cluster.gpus_per_node
     plan = plan_of(resolved.config, resolved.notices, documents=documents, per_host=per_host)
     length = mean_length(documents) if documents is not None and arguments.documents == "data" else arguments.documents
     found = None if cluster is None else predict(plan, resolved.config, cluster, length)
+    drawings = _draw(resolved.config, plan, arguments)
     if found is not None and arguments.json:
-        print(json.dumps(found.as_dict(), indent=2))
-        return 0
-    if drawing is not None and plan.cost.timeline is None:
-        fix = "set parallel.pp to 2 or more, or leave --draw-pipeline out"
-        raise ConfigError([Problem("--draw-pipeline", "there is no pipeline with parallel.pp=1", fix)])
-    if arguments.draw_step is not None and plan.parallel.hdp == "none":
-        fix = "set parallel.hdp=greedy, or leave --draw-step out"
-        raise ConfigError([Problem("--draw-step", "with parallel.hdp=none whole samples are dealt, not documents", fix)])
+        print(json.dumps({**found.as_dict(), "problems": misfits(found, plan.needs)}, indent=2))
+        return _write(drawings, Console(stderr=True))
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
@@ -217,15 +217,32 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
         problems = misfits(found, plan.needs)
     for problem in problems:
         console.print(f"! {problem}", style="yellow", highlight=False, markup=False)
+    return _write(drawings, console)
+
+
+def _draw(config: RunConfig, plan: Plan, arguments: argparse.Namespace) -> list[tuple[Path, str]]:
+    """Return the drawings that are asked for: file and SVG. Raises ConfigError where there is nothing to draw."""
+    from ..planner.drawing import pipeline_svg
+
     drawings: list[tuple[Path, str]] = []
-    if drawing is not None:
-        assert plan.cost.timeline is not None
+    if arguments.draw_pipeline is not None:
+        if plan.cost.timeline is None:
+            fix = "set parallel.pp to 2 or more, or leave --draw-pipeline out"
+            raise ConfigError([Problem("--draw-pipeline", "there is no pipeline with parallel.pp=1", fix)])
         title = f"{plan.parallel.schedule} on {plan.parallel.pp} ranks, {plan.job.micro_batches} micro-batches"
-        drawings.append((drawing, pipeline_svg(plan.cost.timeline, title)))
+        drawings.append((arguments.draw_pipeline, pipeline_svg(plan.cost.timeline, title)))
     if arguments.draw_step is not None:
+        if plan.parallel.hdp == "none":
+            fix = "set parallel.hdp=greedy, or leave --draw-step out"
+            raise ConfigError([Problem("--draw-step", "with parallel.hdp=none whole samples are dealt, not documents", fix)])
         from .step_picture import step_picture
 
-        drawings.append((arguments.draw_step, step_picture(resolved.config, plan)))
+        drawings.append((arguments.draw_step, step_picture(config, plan)))
+    return drawings
+
+
+def _write(drawings: Sequence[tuple[Path, str]], console: Console) -> int:
+    """Write drawings and tell of each. Returns 0, or 1 if one can't be written."""
     for path, picture in drawings:
         try:
             path.write_text(picture, encoding="utf-8")

@@ -49,6 +49,16 @@ def test_a_plan_tells_seconds_days_and_cost(capsys: pytest.CaptureFixture[str]) 
     assert found["days"] == pytest.approx(30e9 / (16 * tokens) / 86400)
 
 
+def test_figures_for_a_program_come_with_problems_and_drawings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words, svg = ["recipe=llama_1b", "trainer.activation=full", "batch.micro=1", "cluster=h200x2", "--json"], tmp_path / "a.svg"
+    (problem,) = json.loads(said(capsys, *words, "cluster.memory=9"))["problems"]
+    assert problem.startswith("does not fit") and not svg.exists()
+    assert "--draw-pipeline: there is no pipeline" in refused(capsys, *words, f"--draw-pipeline={svg}")
+    assert main(["plan", *words, "parallel.pp=2", "trainer.compile=false", f"--draw-pipeline={svg}"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["fits"] and "</svg>" in svg.read_text() and "drew" in told.err
+
+
 def test_times_of_whole_matrix_optimizers_are_caveated(capsys: pytest.CaptureFixture[str]) -> None:
     muon = ["recipe=llama_1b", "optim=muon", "cluster=h100x2"]
     for words in ([], ["--best", "1"]):
