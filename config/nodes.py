@@ -66,11 +66,10 @@ def typed_option(kind: type, values: Mapping[str, Any], key: str) -> Any:
     if unknown:
         raise ConfigError([Problem(f"{key}.{name}", "there is no such key", _near(name, known)) for name in unknown])
     try:
-        merged: Any = OmegaConf.to_container(OmegaConf.merge(structured(kind), dict(values)), resolve=True)
+        return OmegaConf.to_object(OmegaConf.merge(structured(kind), dict(values)))
     except OmegaConfBaseException as error:
         name, message = error.full_key or "", str(error).splitlines()[0].rstrip(".")
         raise ConfigError([Problem(f"{key}.{name}" if name else key, message, "give a value of its type")]) from error
-    return kind(**merged)
 
 
 def _near(name: str, known: list[str]) -> str:

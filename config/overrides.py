@@ -42,9 +42,9 @@ def task_overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def parse_overrides(overrides: Sequence[str], loader: ConfigLoader, problems: list[Problem]) -> Iterator[Override]:
-    """Yield the overrides that can be read, and add a problem for each of the others."""
-    parser = OverridesParser.create(loader)  # the loader resolves a sweep's glob(*)
+def parse_overrides(overrides: Sequence[str], loader: ConfigLoader | None, problems: list[Problem]) -> Iterator[Override]:
+    """Yield the overrides that can be read, and add a problem for each of the others. loader: for a sweep's glob(*)"""
+    parser = OverridesParser.create(loader)
     for line in overrides:
         try:
             yield from parser.parse_overrides([normalize_override(line)])

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..checkpoint.errors import CheckpointError
+from ..config.problems import ConfigError, Problem
 from ..config.words import counted
+from .exit_codes import BAD_CONFIG
+
+if TYPE_CHECKING:
+    from ..models.mixture.config import ExpertsConfig
 
 
 def main(argv: list[str]) -> int:
-    """Run a subcommand. Returns 0 when all is well, 1 when something is damaged, different or impossible, 2 for a misuse."""
+    """Run a subcommand. Returns 0 when all is well, 1 when something is damaged, different or impossible, 2 for a misuse.
+
+    A misuse is a command line that can't be read, or keys that are wrong.
+    """
     parser = _parser()
     try:
         arguments = parser.parse_args(argv)
@@ -24,6 +32,9 @@ def main(argv: list[str]) -> int:
         return int(exit_request.code or 0)
     try:
         return int(arguments.run(arguments))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return BAD_CONFIG
     except (CheckpointError, OSError) as error:
         print(f"meshloom checkpoint {arguments.command}: {error}", file=sys.stderr)
         return 1
@@ -276,22 +287,33 @@ def _average(arguments: argparse.Namespace) -> int:
 
 
 def _upcycle(arguments: argparse.Namespace) -> int:
-    import yaml
-
     from ..checkpoint.convert.upcycle import upcycle
     from ..checkpoint.folder import step_folders
-    from ..models.mixture.config import ExpertsConfig
 
-    known, given = {each.name for each in dataclasses.fields(ExpertsConfig)}, dict[str, Any]()
-    for word in arguments.experts:
-        name, _, value = word.removeprefix("model.experts.").partition("=")
-        if name not in known:
-            raise CheckpointError(f"model.experts has no key '{name}'; there are {', '.join(sorted(known))}")
-        given[name] = yaml.safe_load(value)
+    experts = _experts(arguments.experts)
     files = step_folders(arguments.source)[0]
-    made = upcycle(files, arguments.output, ExpertsConfig(**given), noise=arguments.noise, seed=arguments.seed)
+    made = upcycle(files, arguments.output, experts, noise=arguments.noise, seed=arguments.seed)
     print(f"{files.label()} → {made}")
     return 0
+
+
+def _experts(words: Sequence[str]) -> ExpertsConfig:
+    """Read keys of `model.experts`, written as on the command line of a run. Raises ConfigError with every problem."""
+    from omegaconf import OmegaConf
+
+    from ..config.nodes import typed_option
+    from ..config.overrides import is_plain, key_of, parse_overrides
+    from ..models.mixture.config import ExpertsConfig
+
+    group, node, problems = "model.experts", OmegaConf.create(), list[Problem]()
+    for each in parse_overrides([f"{group}.{word.removeprefix(f'{group}.')}" for word in words], None, problems):
+        if is_plain(each):
+            OmegaConf.update(node, key_of(each).removeprefix(f"{group}."), each.value())
+        else:
+            problems.append(Problem(each.input_line or "", "is not one value of a key", "write key=value"))
+    if problems:
+        raise ConfigError(problems)
+    return typed_option(ExpertsConfig, cast(Any, OmegaConf.to_container(node)), group)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ def make(tmp_path: Path, output: str, *words: str) -> Decoder:
 
 def test_copies_compute_what_the_dense_model_did(tmp_path: Path) -> None:
     dense = save_dense(tmp_path / "dense")
-    mixture = make(tmp_path, "mixture", "count=5", "top_k=2", "dense_layers=1")
-    assert mixture.config.mixture_layers() == [1, 2]
+    mixture = make(tmp_path, "mixture", "count=5", "top_k=2", "dense_layers=1", "capacity=1e2", "scores='softmax'")
+    assert mixture.config.mixture_layers() == [1, 2] and mixture.config.experts.capacity == 100.0
     tokens = torch.randint(29, (2, 11))
     torch.testing.assert_close(mixture(tokens), dense(tokens), rtol=1e-12, atol=1e-12)
 
@@ -75,8 +75,13 @@ def test_impossible_copies_are_refused_at_once(tmp_path: Path, capsys: pytest.Ca
     assert main(words) == 1
     said = capsys.readouterr().err
     assert "model.experts.top_k" in said and "as wide as the dense feed-forward, 12" in said and "noise=-1" in said
-    assert main([*words[:3], "amount=4"]) == 1
-    assert "no key 'amount'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main([*words[:3], "conut=4", "parts.product._target_=mine.Product"]) == 2
+    assert "model.experts.conut: there is no such key; did you mean count?" in capsys.readouterr().err
+    assert main([*words[:3], "count=[1", "top_k=1,2", "scale"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("can't be read") == 2 and "model.experts.top_k=1,2: is not one value of a key" in told
+    assert main([*words[:3], "count=many"]) == 2 and not (tmp_path / "out").exists()
+    assert "model.experts.count: Value 'many'" in capsys.readouterr().err
     make(tmp_path, "mixture", "count=2", "top_k=1")
     assert main(["upcycle", str(tmp_path / "mixture"), str(tmp_path / "out"), "count=4"]) == 1
     assert "has experts already" in capsys.readouterr().err
