@@ -58,7 +58,7 @@ def train(*words: str, config_dir: str | Path | None = None, **keys: Any) -> Run
     from ..trainer.signals import StopRequest
     from ..trainer.stages.border import collect_memory
     from .rank import configure_log
-    from .train import RESOLVING, processes_for_torchrun, run_by_torchrun, start_problems
+    from .train import RESOLVING, processes_for_torchrun, run_by_torchrun, start_problems, tell_other_machines
 
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("meshloom.train needs the main thread, where signals arrive; give each run a process of its own")
@@ -67,7 +67,9 @@ def train(*words: str, config_dir: str | Path | None = None, **keys: Any) -> Run
     resolved = resolve(typed, RESOLVING, folder_of_recipes)
     collect_memory()  # of an earlier run of this process, before what is free is asked
     if problems := resolved.problems or start_problems(resolved):
-        raise ConfigError(problems)
+        error = ConfigError(problems)
+        tell_other_machines(error, resolved.config)
+        raise error
     stop = StopRequest()
     configure_log()
     if processes_for_torchrun(resolved.config.launch):
@@ -88,7 +90,10 @@ def train(*words: str, config_dir: str | Path | None = None, **keys: Any) -> Run
 
 
 def override_words(keys: Mapping[str, Any]) -> list[str]:
-    """Write keys and values as words of the command line; dictionaries are groups. Raises ConfigError for other objects."""
+    """Write keys and values as words of the command line; a dictionary that is in no list is a group, or a node of one.
+
+    Raises ConfigError for values that are none of a config.
+    """
     from ..trainer.stages.written import written_value
 
     words: list[str] = []
@@ -98,34 +103,47 @@ def override_words(keys: Mapping[str, Any]) -> list[str]:
         if _is_plain(plain):
             words.append(f"{key}={written_value(plain)}")
         else:
-            problems.append(Problem(key, f"{value!r} is no value of a config", "give text, numbers, true or false, or lists"))
+            fix = "give text, numbers, true or false, or lists of them and of dictionaries with plain names as keys"
+            problems.append(Problem(key, f"{value!r} is no value of a config", fix))
     if problems:
         raise ConfigError(problems)
     return words
 
 
 def _flat(keys: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return keys with their values. A dictionary by numbers is one value."""
     found: list[tuple[str, Any]] = []
     for name, value in keys.items():
-        found += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else [(f"{prefix}{name}", value)]
+        if isinstance(value, Mapping) and value and all(isinstance(each, str) for each in cast(Mapping[Any, Any], value)):
+            found += _flat(cast(Mapping[str, Any], value), f"{prefix}{name}.")
+        else:
+            found.append((f"{prefix}{name}", value))
     return found
 
 
 def _plain(value: Any) -> Any:
-    """Return paths as text, tuples and arrays as lists, and the scalars of NumPy as Python's own."""
+    """Return paths as text, tuples and arrays as lists, scalars of NumPy as Python's own, also inside of others."""
     from ..config.lazy import numpy as np
 
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in cast(Mapping[Any, Any], value).items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in cast(Sequence[Any], value)]
     return str(value) if isinstance(value, Path) else value
 
 
 def _is_plain(value: Any) -> bool:
+    from ..trainer.stages.written import reads_as_text
+
     if isinstance(value, list):
-        return all(map(_is_plain, value))
-    return value is None or value == {} or isinstance(value, str | bool | int | float)
+        return all(map(_is_plain, cast(list[Any], value)))
+    if isinstance(value, dict):
+        pairs = cast(dict[Any, Any], value).items()
+        names_are_plain = all(type(name) is int or (isinstance(name, str) and reads_as_text(name)) for name, _ in pairs)
+        return names_are_plain and all(_is_plain(each) for _, each in pairs)
+    return value is None or isinstance(value, str | bool | int | float)
 
 
 def export(checkpoint: str | Path, folder: str | Path, *, dtype: str | None = None, family: str | None = None) -> Path:

@@ -151,9 +151,14 @@ def start_problems(resolved: ResolvedRun) -> list[Problem]:
 
 def _refuse_run(error: ConfigError, config: RunConfig) -> int:
     """Print problems and return the exit code. Of a run on several machines, tell the others that this one does not come."""
+    tell_other_machines(error, config)
+    return refuse(error)
+
+
+def tell_other_machines(error: ConfigError, config: RunConfig) -> None:
+    """Tell the other machines of a run on several, if there are any, that this one does not come."""
     if config.launch.most_nodes > 1 and not under_torchrun():
         write_refusal(Path(config.output_dir), str(error.problems[0]))
-    return refuse(error)
 
 
 def processes_for_torchrun(launch: LaunchConfig) -> int:
@@ -213,7 +218,10 @@ def _run(
 ) -> int:
     if not processes_for_torchrun(resolved.config.launch):
         return run_here(resolved, stop)
-    return run_by_torchrun(resolved, overrides, config_dir, stop, agent)
+    try:
+        return run_by_torchrun(resolved, overrides, config_dir, stop, agent)
+    except ConfigError as error:
+        return refuse(error)
 
 
 def run_by_torchrun(
@@ -226,6 +234,8 @@ def run_by_torchrun(
     """Start torchrun for a run, and wait. Return its exit code; `stop` tells whether it was asked to stop.
 
     agent: an agent started earlier
+
+    Raises ConfigError for a number of machines on which the run has no layout; the others have been told then.
     """
     launch = resolved.config.launch
     if agent is None:
@@ -237,7 +247,8 @@ def run_by_torchrun(
         try:
             placements = place(resolved, words, config_dir, RESOLVING)
         except ConfigError as error:
-            return _refuse_run(error, resolved.config)
+            tell_other_machines(error, resolved.config)
+            raise
         for notice in placements.notices:
             print(notice, file=sys.stderr)
         rules = Rules(run_processes(launch), launch.most_nodes, placements.words, max_restarts, launch.join_seconds)

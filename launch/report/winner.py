@@ -115,7 +115,7 @@ def _placement(config: RunConfig, recipe: str, stages: Sequence[Stage]) -> tuple
     missing = [key for key in changed if _value(usual, key) is ABSENT]  # of an option that the recipe file does not choose
     if missing:
         note = "; ".join([*filter(None, [note]), f"not typed, because the recipe file has no such key: {', '.join(missing)}"])
-    words = [f"{key}={_written(_value(own, key))}" for key in changed if key not in missing]
+    words = [f"{key}={written_value(_value(own, key))}" for key in changed if key not in missing]
     return words, note
 
 
@@ -127,11 +127,3 @@ def _value(tree: Mapping[str, Any], key: str) -> Any:
             return ABSENT
         found = cast(Mapping[str, Any], found)[name]
     return found
-
-
-def _written(value: Any) -> str:
-    """Write a value for Hydra, also one with names inside."""
-    if isinstance(value, Mapping):
-        items = cast(Mapping[Any, Any], value).items()
-        return f"{{{','.join(f'{name}:{_written(each)}' for name, each in items)}}}"
-    return written_value(value)

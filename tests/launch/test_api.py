@@ -18,6 +18,8 @@ import torch
 import meshloom
 from meshloom.launch.api import override_words
 from meshloom.launch.generate import GenerateArguments, load_speaker
+from meshloom.launch.nodes.refusals import read_refusals
+from meshloom.launch.nodes.terms import meeting_folder
 from meshloom.trainer.schema import make_composer
 from support.tiny_run import TINY
 
@@ -43,6 +45,13 @@ def test_values_become_the_words_that_read_back_the_same() -> None:
     measured = {"optim": {"lr": np.float32(0.5), "betas": (np.float64(0.9), np.array(0.99))}, "seed": np.int64(3)}
     assert override_words(measured) == ["optim.lr=0.5", "optim.betas=[0.9,0.99]", "seed=3"]
     assert override_words({"precision": "32"}) == ["precision='32'"]  # a text stays one
+    hooks = ({"_target_": "mine.Hook", "every": np.int64(3), "names": ["it's", "Zürich"], "more": {"a.b": {}, "c": None}},)
+    config = (
+        make_composer().compose(["recipe=quickstart", *override_words({"output_dir": "é", "trainer": {"hooks": hooks}})]).config
+    )
+    assert config.output_dir == "é" and list(config.trainer.hooks) == [{**hooks[0], "every": 3}]
+    with pytest.raises(meshloom.ConfigError, match=r"trainer\.hooks: .* is no value of a config"):
+        override_words({"trainer": {"hooks": [{"a: b": 1}]}})
     with pytest.raises(meshloom.ConfigError, match=r"optim\.lr: tensor\(1\.\) is no value of a config"):
         override_words({"optim": {"lr": torch.tensor(1.0)}})
 
@@ -91,6 +100,15 @@ def test_an_impossible_run_raises_before_anything_is_touched(tmp_path: Path) -> 
         meshloom.train("recipe=quickstart", parallel={"zero": 7}, precision="half", output_dir=tmp_path / "run")
     assert [problem.key for problem in caught.value.problems] == ["precision", "parallel.zero"]
     assert not (tmp_path / "run").exists()
+    folder = meeting_folder(tmp_path / "run")
+    folder.mkdir(parents=True)
+    launch = {"nodes": "1:2", "nproc": 1, "placements": {1: ["parallel.tp=7"]}}
+    for keys, key in (({}, "launch.placements.1: parallel"), ({"precision": "half"}, "precision")):
+        with pytest.raises(meshloom.ConfigError) as caught:
+            meshloom.train(*TYPED, launch=launch, output_dir=tmp_path / "run", **keys)
+        assert caught.value.problems[0].key == key
+        (told,) = read_refusals(folder)  # for the other machines
+        assert key in told
     with pytest.raises(meshloom.ConfigError, match=r"is no run: it has no config\.yaml"):
         meshloom.Run.open(tmp_path)
     with pytest.raises(meshloom.ConfigError, match="checkpoint"):

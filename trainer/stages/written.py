@@ -130,14 +130,22 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def written_value(value: Any) -> str:
-    """Write a value so that Hydra reads back the same."""
+    """Write a value so that Hydra reads back the same. Keys of dictionaries stand as they are: Hydra has no quotes for them."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
         return f"[{','.join(map(written_value, cast(list[Any], value)))}]"
+    if isinstance(value, Mapping):
+        pairs = cast(Mapping[str, Any], value).items()
+        return f"{{{','.join(f'{name}:{written_value(each)}' for name, each in pairs)}}}"
     if isinstance(value, str):
-        return value if re.fullmatch(r"[\w.-]+", value) and not _reads_as_another(value) else quoted(value)
-    return "{}" if value == {} else repr(value)
+        return value if reads_as_text(value) else quoted(value)
+    return repr(value)
+
+
+def reads_as_text(text: str) -> bool:
+    """Return whether Hydra reads back this text where it stands without quotes."""
+    return re.fullmatch(r"[\w.-]+", text, re.ASCII) is not None and not _reads_as_another(text)
 
 
 def _reads_as_another(text: str) -> bool:
