@@ -2,7 +2,8 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+CONSTRAINTS := constraints.txt constraints-torch.txt
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install $(addprefix --constraint ,$(CONSTRAINTS))
 ARGS ?=
 
 .PHONY: help train test lint clean
@@ -31,13 +32,13 @@ lint: .venv/dev
 	$(PYTHON) -m venv .venv
 
 # Marks of what is installed; a change of the requirements installs again.
-.venv/core: .venv/bin/python setup.py constraints.txt
+.venv/core: .venv/bin/python setup.py $(CONSTRAINTS)
 	@echo "installing Meshloom and PyTorch into .venv, once; most of it is one download"
 	$(INSTALL) --editable .
 	@touch $@
 
 # DeepSpeed is there for its tests. Without its kernels it installs in seconds; where it can't, those tests say that they skip.
-.venv/dev: .venv/bin/python setup.py constraints.txt
+.venv/dev: .venv/bin/python setup.py $(CONSTRAINTS)
 	@echo "installing Meshloom and the tools of its tests into .venv, once"
 	$(INSTALL) --editable '.[dev]'
 	DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation --editable '.[deepspeed]' || echo "DeepSpeed is not installed: its tests skip" >&2

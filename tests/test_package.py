@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,3 +60,15 @@ def test_installed_wheel_composes_a_recipe_from_another_folder(wheel: Path, tmp_
     assert str(target) in done.stderr, "the installed package was not the one that ran"
     assert "dim: 3072" in done.stdout
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_constraints_keep_a_torch_that_works() -> None:
+    """Pip replaces what is installed and against a constraint. Torch 2.11 needs a setuptools below 82."""
+    typed, tested = (
+        {each.name: each.specifier for line in (ROOT / name).read_text().splitlines()[1:] for each in [Requirement(line)]}
+        for name in ("constraints.txt", "constraints-torch.txt")
+    )
+    assert all(version in typed["torch"] for version in ("2.11.0", "2.11.0+cu130", "2.12.1", "2.13.0+cu130"))
+    assert "2.14.0" not in typed["torch"] and "setuptools" not in typed
+    (pin,) = tested["torch"]
+    assert pin.operator == "==" and pin.version in typed["torch"]
