@@ -304,9 +304,11 @@ class Mesh:
             self.before_closing.pop()()
 
     def rearranged(self, layout: Layout) -> Mesh:
-        """Return a mesh of the same processes in another layout. The process groups of this one stay until the end."""
+        """Return a mesh of the same processes in another layout. To close this one closes both: its groups stay until then."""
         self.release()
-        return Mesh.connect(layout, self.device, self.limit.total_seconds(), self.heartbeat)
+        later = Mesh.connect(layout, self.device, self.limit.total_seconds(), self.heartbeat)
+        self.before_closing.append(later.release)
+        return later
 
     def close(self) -> None:
         """Run the callbacks of `before_closing` and destroy the process groups."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from dataclasses import dataclass, field
@@ -204,7 +205,19 @@ def visible_gpus() -> int:
     """Return the number of GPUs visible to this process, as far as that can be told without PyTorch."""
     there = len(list(Path("/dev").glob("nvidia[0-9]*")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return there if visible is None else min(there, len([name for name in visible.split(",") if name.strip()]))
+    return there if visible is None else min(there, len(visible_devices(visible, there)))
+
+
+def visible_devices(visible: str, there: int) -> list[str]:
+    """Return the entries of CUDA_VISIBLE_DEVICES that CUDA obeys: those before the first that names none of so many GPUs.
+
+    -1 hides all, and so does what schedulers write for a job without a GPU (NoDevFiles).
+    """
+
+    def is_valid(word: str) -> bool:
+        return word.startswith(("GPU-", "MIG-")) or (word.isdecimal() and int(word) < there)
+
+    return list(itertools.takewhile(is_valid, (word.strip() for word in visible.split(","))))
 
 
 def gpu_count() -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..config.problems import ConfigError, Problem
 from ..planner.cluster import ClusterConfig, load_cluster, recipes
 from .fitting import UnknownMachineError
-from .launching import run_processes, visible_gpus
+from .launching import run_processes, visible_devices, visible_gpus
 from .schema import RunConfig
 
 QUERY = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,mig.mode.current", "--format=csv,noheader,nounits"]
@@ -59,7 +60,8 @@ def smallest_gpu(visible: str | None) -> tuple[str, float, bool]:
     try:
         answer = subprocess.run(QUERY, capture_output=True, text=True, timeout=SECONDS, check=True)
         rows = [[word.strip() for word in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
-        shown = [(name, mib, mig) for index, uuid, name, mib, *mig in rows if _is_visible(index, uuid, visible)]
+        named = None if visible is None else visible_devices(visible, len(rows))
+        shown = [(name, mib, mig) for index, uuid, name, mib, *mig in rows if _is_visible(index, uuid, named)]
         if any("Enabled" in mig for *_, mig in shown):
             return "MIG", 0.0, True
         name, mib = min(((name, float(mib)) for name, mib, _ in shown), key=lambda each: each[1])
@@ -70,6 +72,5 @@ def smallest_gpu(visible: str | None) -> tuple[str, float, bool]:
     return name, mib / 1024 * (1 - OWN), False
 
 
-def _is_visible(index: str, uuid: str, visible: str | None) -> bool:
-    names = [word.strip() for word in (visible or "").split(",") if word.strip()]
-    return not names or any(name == index or uuid.startswith(name) for name in names)
+def _is_visible(index: str, uuid: str, named: Sequence[str] | None) -> bool:
+    return named is None or any(name == index or uuid.startswith(name) for name in named)

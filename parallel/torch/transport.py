@@ -206,18 +206,24 @@ def choose_transport(mesh: Mesh, axes: WeightAxes, parallel: ParallelConfig) -> 
         return plain
     if mesh.any(not _supports_copy_engines(mesh, axes)):
         return plain
-    found: Transport | None = None
-    try:
-        found = _copy_engine_transport(mesh, axes)
-        _verify(found, mesh, axes)
-    except Exception as error:  # a driver, or a machine, without it
-        log.info("the GPUs' copy engines are not used: %s", error)
-        found = None
-    if mesh.any(found is None) or found is None:
+    made = _on_all_ranks(mesh, lambda: _copy_engine_transport(mesh, axes))
+    # The trial has collectives: it begins only if all ranks take part.
+    found = None if made is None else _on_all_ranks(mesh, lambda: _verified(made, mesh, axes))
+    if found is None:
         return plain
     if mesh.is_main:
         log.info("weights and gradients are sent by the GPUs' copy engines")
     return found
+
+
+def _on_all_ranks(mesh: Mesh, make: Callable[[], Transport]) -> Transport | None:
+    """Return what is made here, or None if that raises on any rank. A collective over all of them."""
+    made: Transport | None = None
+    try:
+        made = make()
+    except Exception as error:  # a driver, or a machine, without copy engines
+        log.info("the GPUs' copy engines are not used: %s", error)
+    return None if mesh.any(made is None) else made
 
 
 def make_exchange_groups(transport: Transport, mesh: Mesh, name: str, kind: str) -> Sequence[dist.ProcessGroup]:
@@ -274,8 +280,8 @@ class _Closing:
             transport.close()
 
 
-def _verify(transport: Transport, mesh: Mesh, axes: WeightAxes) -> None:
-    """Test the transfers. Raises RuntimeError if what arrives is not what was sent."""
+def _verified(transport: Transport, mesh: Mesh, axes: WeightAxes) -> Transport:
+    """Test the transfers, and return the transport. Raises RuntimeError if what arrives is not what was sent."""
     num_shards, rank, numel = axes.num_shards, axes.shards.get_local_rank(), 2**12
     whole, sent, received = transport.permanent([(num_shards, numel)] * 3, torch.float32)
     whole.zero_()
@@ -290,3 +296,4 @@ def _verify(transport: Transport, mesh: Mesh, axes: WeightAxes) -> None:
         torch.equal(whole, gathered[:, None].expand_as(whole)) and torch.equal(received, exchanged[:, None].expand_as(whole))
     ):
         raise RuntimeError("they brought something else than what was sent")
+    return transport

@@ -7,6 +7,7 @@ import json
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 from meshloom.launch.cli import main
 from meshloom.launch.planning import resolve_plan
 from meshloom.planner.cluster import ClusterConfig, load_cluster
-from meshloom.trainer import machine_gpus
+from meshloom.trainer import launching, machine_gpus
 from meshloom.trainer.costs import Costing
 from meshloom.trainer.fitting import ALIKE, MICROS, POLICIES, Fitting
 from meshloom.trainer.machine_gpus import machine_here, smallest_gpu
@@ -177,7 +178,12 @@ def answering(monkeypatch: pytest.MonkeyPatch, text: str, gpus: int = 8) -> None
 
 def test_the_smallest_visible_gpu_is_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "0, GPU-a1, NVIDIA H200, 143771\n1, GPU-b2, NVIDIA H100 80GB HBM3, 81559\n2, GPU-c3, NVIDIA L40S, 46068\n"
-    for visible, gpu, memory in ((None, "L40S", 44.8), ("0,1", "H100", 79.3), ("GPU-a1", "H200", 139.8)):
+    for visible, gpu, memory in (
+        (None, "L40S", 44.8),
+        ("0,1", "H100", 79.3),
+        ("1,-1,2", "H100", 79.3),
+        ("GPU-a1", "H200", 139.8),
+    ):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -187,6 +193,19 @@ def test_the_smallest_visible_gpu_is_what_counts(monkeypatch: pytest.MonkeyPatch
     assert load_cluster(["cluster=h200"]).memory == pytest.approx(139.8)
     answering(monkeypatch, text, gpus=0)
     assert machine_here(composed(*TINY)) is None
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [("-1", 0), ("NoDevFiles", 0), ("", 0), ("0, 3", 2), ("1,-1,2", 1), ("2,4,1", 1), ("GPU-a1,MIG-5c6d", 2), (None, 4)],
+)
+def test_gpus_count_up_to_the_first_invalid_entry(monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int) -> None:
+    """As CUDA reads its variable, on a host of four GPUs."""
+    monkeypatch.setattr(launching, "Path", lambda _: SimpleNamespace(glob=lambda _: range(4)))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert launching.visible_gpus() == count
 
 
 @pytest.mark.parametrize("text", ["No devices were found\n", "0, GPU-a1, NVIDIA GB10, [N/A], [N/A]\n"])

@@ -359,29 +359,32 @@ def test_a_group_that_goes_first_forgets_the_memory(
 
 
 def closed(rank: int, world_size: int) -> list[bool]:
-    mesh = Mesh.connect(Layout.plan(ParallelConfig(zero=1), world_size), CPU)
+    layout = Layout.plan(ParallelConfig(zero=1), world_size)
+    mesh = Mesh.connect(layout, CPU)
     there: list[bool] = []
-    mesh.before_closing.append(lambda: there.append(dist.is_initialized()))
+    for each in (mesh, mesh.rearranged(layout).rearranged(layout)):  # as a run's first mesh, and its last stage's
+        each.before_closing.append(lambda: there.append(dist.is_initialized()))
     mesh.close()
     mesh.close()
     return [*there, dist.is_initialized()]
 
 
-def test_actions_before_the_groups_go_are_done_once() -> None:
-    assert run_ranks(1, closed) == [[True, False]]
+def test_actions_before_the_groups_go_are_done_once_for_all_stages() -> None:
+    assert run_ranks(1, closed) == [[True, True, False]]
 
 
 # Ranks that may.
 
 
-def chosen(rank: int, world_size: int, works: list[tuple[bool, bool, bool]]) -> list[bool]:
-    """By what the last rank says of its machine, of the group and of the trial: whether copy engines are chosen."""
+def chosen(rank: int, world_size: int, works: list[tuple[bool, bool, bool]]) -> list[tuple[bool, bool]]:
+    """By what the last rank says of its machine, of the group and of the trial: whether copy engines are tried, and chosen."""
     mesh: Any = Mesh.connect(Layout.plan(ParallelConfig(zero=1), world_size), CPU)
     parallel, axes = ParallelConfig(zero=1), mesh.weight_axes["dense"]
     assert not choose_transport(mesh, axes, parallel).by_copy_engines, "there are none"
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda", 0), any=mesh.any, is_main=mesh.is_main)
     assert not choose_transport(on_gpu, axes, ParallelConfig(zero=1, copy_engines=False)).by_copy_engines
-    found: list[bool] = []
+    found: list[tuple[bool, bool]] = []
+    tried: list[Transport] = []
 
     def may(of: Mesh, axes: WeightAxes, good: bool) -> bool:
         return good or rank == 0
@@ -391,22 +394,27 @@ def chosen(rank: int, world_size: int, works: list[tuple[bool, bool, bool]]) -> 
             raise RuntimeError("no memory of this kind")
         return reached(mesh, axes, parallel)
 
-    def attempt(found: Transport, of: Mesh, axes: WeightAxes, good: bool) -> None:
+    def attempt(found: Transport, of: Mesh, axes: WeightAxes, good: bool) -> Transport:
+        tried.append(found)
         if not (good or rank == 0):
             raise RuntimeError("something else arrived")
+        return found
 
     for machine, group, trial in works:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(transport, "_supports_copy_engines", functools.partial(may, good=machine))
             patch.setattr(transport, "_copy_engine_transport", functools.partial(prepared, good=group))
-            patch.setattr(transport, "_verify", functools.partial(attempt, good=trial))
-            found.append(choose_transport(on_gpu, axes, parallel).by_copy_engines)
+            patch.setattr(transport, "_verified", functools.partial(attempt, good=trial))
+            by_engines = choose_transport(on_gpu, axes, parallel).by_copy_engines
+        found.append((bool(tried), by_engines))
+        tried.clear()
     return found
 
 
 def test_all_use_copy_engines_or_nobody() -> None:
     cases = [(True, True, True), (False, True, True), (True, False, True), (True, True, False)]
-    assert run_ranks(2, chosen, cases) == [[True, False, False, False]] * 2
+    nobody, in_vain = (False, False), (True, False)  # a trial has collectives, for which all ranks must be there
+    assert run_ranks(2, chosen, cases) == [[(True, True), nobody, nobody, in_vain]] * 2
 
 
 def allowed(rank: int, world_size: int) -> list[bool]:
@@ -448,7 +456,7 @@ def tried(rank: int, world_size: int) -> list[bool]:
             patch.setattr(dist, "all_to_all_single", way)
             try:
                 axes = mesh.weight_axes["dense"]
-                transport._verify(reached(mesh, axes, ParallelConfig()), mesh, axes)
+                transport._verified(reached(mesh, axes, ParallelConfig()), mesh, axes)
                 found.append(True)
             except RuntimeError:
                 found.append(False)
