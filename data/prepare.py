@@ -6,8 +6,7 @@ import heapq
 import json
 import shutil
 from array import array
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -15,6 +14,7 @@ import xxhash
 
 from ..config.cache import build_once
 from ..config.lazy import numpy as np
+from ..config.progress_bar import progress_bar
 from .fill_in_the_middle import FillInTheMiddle
 from .marked import MarkedText
 from .reader import TokenShards
@@ -33,22 +33,6 @@ Documents: TypeAlias = "Iterator[tuple[str, NDArray[np.int64], NDArray[np.bool_]
 PARTS = ("train", "validation")
 _BATCH = 1 << 22  # characters tokenised in one go
 _TRAINER_VERSION = 1  # raise it when the same documents give another tokenizer
-
-
-@contextmanager
-def _progress(what: str, total: int | None) -> Generator[Callable[[int], None]]:
-    """Show a bar on stderr until the block ends; in a log, a line before it and one after it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
-    console = Console(stderr=True)
-    if not console.is_terminal:  # there the bar is printed once, at the end
-        console.print(f"{what} …", highlight=False, markup=False, soft_wrap=True)
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda amount: progress.advance(task, amount)
-        progress.update(task, total=1, completed=1)  # the total was a guess
 
 
 def _content_hash(text: str) -> int:
@@ -80,7 +64,7 @@ def train_tokenizer(
     target = cache / "tokenizers" / f"bpe-{vocabulary}-{name[:16]}"
 
     def build(folder: Path) -> None:
-        with _progress(f"training a tokenizer of {vocabulary} tokens", None):
+        with progress_bar(f"training a tokenizer of {vocabulary} tokens", None):
             sample = [text for source in sources for text in uniform_sample(source.documents(), characters // len(sources))]
             if not sample:
                 raise ValueError(f"the corpus '{', '.join(source.name for source in sources)}' is empty")
@@ -130,7 +114,7 @@ def write_corpus(
         ends = tokenizer.end_of_document
         return ShardWriter(place, tokenizer.vocabulary, ends, tokenizer.save, shard_tokens, masked=source.masked)
 
-    with _progress(f"tokenising {source.name}", source.size()) as advance:
+    with progress_bar(f"tokenising {source.name}", source.size()) as advance:
         documents = _tokenized(source, tokenizer, version, advance, fim)
         if not validation:
             with writer(folder / "train") as train:

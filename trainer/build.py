@@ -19,7 +19,7 @@ from ..checkpoint.errors import HeldError
 from ..config.duration import Duration
 from ..config.nodes import Custom
 from ..config.problems import ConfigError, Problem
-from ..data.assignment import Assigner, Dealer
+from ..data.assignment import Assigner, Dealer, Share
 from ..data.batch import GlobalBatch, Samples
 from ..data.left_out import LeftOut
 from ..data.loader import Loader
@@ -341,19 +341,14 @@ def _stages_state(place: Place | None, data: DataNode, progress: Progress) -> di
     return {"stages": place.record.after(data, progress.samples - place.origin("data").samples).as_json()}
 
 
-def evaluation_sets(
-    config: RunConfig, parts: Sequence[ValidationPart], counts: Sequence[int], mesh: Mesh, dealer: Dealer
-) -> list[EvaluationSet]:
-    """Load this rank's share of the first samples of each part's validation data. counts: samples of each part.
+def validation_share(config: RunConfig, mesh: Mesh, dealer: Dealer, part: ValidationPart, batch: GlobalBatch) -> Share:
+    """Load this rank's share of some of a part's validation samples.
 
-    Raises PlansDiffer where ranks deal a part's documents in other ways.
+    Raises PlansDiffer where ranks deal the part's documents in other ways.
     """
-    sets: list[EvaluationSet] = []
-    for part, count in zip(parts, counts, strict=True):
-        share = dealer.load(part.samples, GlobalBatch(0, count), config.batch.micro_size, mesh.data_rank)
-        agree_on_plan(mesh, share, f"validation set {part.name}" if part.name else "the validation samples")
-        sets.append(EvaluationSet(part.name, part.weight, share.micro_batches))
-    return sets
+    share = dealer.load(part.samples, batch, config.batch.micro_size, mesh.data_rank)
+    agree_on_plan(mesh, share, f"validation set {part.name}" if part.name else "the validation samples")
+    return share
 
 
 def build_evaluation_dealer(config: RunConfig, layout: Layout, dealer: Dealer) -> Dealer:
@@ -365,7 +360,11 @@ def _evaluation(
     config: RunConfig, parts: Sequence[ValidationPart], mesh: Mesh, dealer: Dealer, mixtures: Sequence[int]
 ) -> Evaluation:
     """Build the hook that evaluates on the parts' validation samples. mixtures: the layers with experts."""
-    sets = evaluation_sets(config, parts, samples_of_parts(parts, config.trainer.eval_samples), mesh, dealer)
+    counts = samples_of_parts(parts, config.trainer.eval_samples)
+    sets = [
+        EvaluationSet(part.name, part.weight, validation_share(config, mesh, dealer, part, GlobalBatch(0, count)).micro_batches)
+        for part, count in zip(parts, counts, strict=True)
+    ]
     every = config.trainer.eval_every
     return Evaluation(sets, None if every is None else Duration.parse(every), mixtures)
 

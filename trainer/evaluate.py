@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +15,14 @@ from ..checkpoint.restore import read_state
 from ..config.lazy import numpy as np
 from ..config.per_host import is_first_on_host, share_on_host
 from ..config.problems import ConfigError, Problem
-from ..data.batch import IGNORED
+from ..config.progress_bar import progress_bar
+from ..data.assignment import Dealer
+from ..data.batch import IGNORED, GlobalBatch
 from ..data.node import DataNode
 from ..data.tokenizer import Tokenizer
 from ..data.validation import ValidationPart, samples_of_parts, validation_parts
 from ..data.validation_sets import ValidationSets
-from ..parallel.engine import StepLoss
+from ..parallel.engine import Engine, StepLoss
 from ..parallel.engines import make_engine, start_compiling
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, pick_device
@@ -28,8 +31,8 @@ from .build import (
     build_evaluation_dealer,
     build_model,
     engine_settings,
-    evaluation_sets,
     optimizer_factory,
+    validation_share,
 )
 from .hooks.evaluation import counted_weights, weighted_mean
 from .resolve import ResolvedRun
@@ -39,6 +42,9 @@ from .run import prepared_data
 from .schema import RunConfig
 
 log = logging.getLogger(__name__)
+
+AT_ONCE = 64
+"""Micro-batches of each data rank that are in memory at a time: as many as make what is done once for all of them cheap."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +159,7 @@ def evaluate(resolved: ResolvedRun, *, whole: bool = False) -> EvaluationResult:
         engine = make_engine(model, mesh, optimizer_factory(config.optim), config.parallel, settings)
         report = restore_weights(engine, mesh, checkpoint)
         counts = [len(part.samples) for part in parts] if whole else samples_of_parts(parts, config.trainer.eval_samples)
-        sets = evaluation_sets(config, parts, counts, mesh, dealer)
-        found = [engine.evaluate(each.micro_batches) for each in sets]
+        found = _part_losses(config, mesh, engine, dealer, parts, counts)
         engine.finish()
         sizes = _bytes_of_parts(mesh, data, parts, counts)
         names = source_names(parts)
@@ -162,10 +167,43 @@ def evaluate(resolved: ResolvedRun, *, whole: bool = False) -> EvaluationResult:
             SourceLoss(name, part.weight, samples, round(float(loss.tokens)), float(loss.mean), size)
             for name, part, samples, loss, size in zip(names, parts, counts, found, sizes, strict=True)
         ]
-        result = _result(config, str(checkpoint), report.step, mesh, sources, counted_weights(sets), found)
+        result = _result(
+            config, str(checkpoint), report.step, mesh, sources, counted_weights([part.weight for part in parts]), found
+        )
         return replace(result, same_data=same_data)
     finally:
         mesh.close()
+
+
+def _part_losses(
+    config: RunConfig, mesh: Mesh, engine: Engine, dealer: Dealer, parts: Sequence[ValidationPart], counts: Sequence[int]
+) -> list[StepLoss]:
+    """Compute the loss on the first samples of each part, of which few are in memory at a time. Rank 0 shows a bar."""
+    found: list[StepLoss] = []
+    samples, unit = sum(counts), config.batch.micro_size * mesh.layout.data_size
+    quiet = not (mesh.is_main and config.logging.progress)
+    with progress_bar(f"evaluating {samples:,} samples", samples, quiet=quiet) as advance:
+        for part, count in zip(parts, counts, strict=True):
+            total, tokens = (torch.zeros((), dtype=torch.float64) for _ in range(2))
+            for batch in batches_of(count, unit):
+                loss = engine.evaluate(validation_share(config, mesh, dealer, part, batch).micro_batches)
+                total += loss.total.cpu()  # waits for the device, so that the bar tells what is done
+                tokens += loss.tokens.cpu()
+                advance(batch.count)
+            found.append(StepLoss(total, tokens, {}))
+    return found
+
+
+def batches_of(count: int, unit: int) -> Iterator[GlobalBatch]:
+    """Cut so many samples into batches of at most AT_ONCE units, as equal as can be.
+
+    unit: samples of a micro-batch on each data rank. All batches but the last are whole units, so that micro-batches have the
+    same samples as if all were one batch.
+    """
+    units = -(-count // unit)
+    batches = -(-units // AT_ONCE)
+    bounds = [min(count, units * number // batches * unit) for number in range(batches + 1)] if batches else []
+    return (GlobalBatch(first, end - first) for first, end in itertools.pairwise(bounds))
 
 
 def source_names(parts: Sequence[ValidationPart]) -> list[str]:

@@ -12,7 +12,8 @@ import torch
 
 from meshloom.data.tokenizer import Tokenizer
 from meshloom.launch.evaluate import main, read_arguments, resolve_evaluation
-from meshloom.trainer.evaluate import evaluate, perplexity
+from meshloom.trainer import evaluate as evaluate_module
+from meshloom.trainer.evaluate import AT_ONCE, batches_of, evaluate, perplexity
 from support.hf_folder import write_model
 from support.ranks import run_ranks
 from support.tiny_run import ANY_DATA, TINY, body
@@ -21,9 +22,11 @@ TEXT = "Füße tragen den schnellen braunen Fuchs über den faulen Hund. "
 
 
 def evaluated(rank: int, world_size: int, words: list[str]) -> dict[str, Any]:
-    """`meshloom evaluate` with these words, on ranks that are there already."""
+    """`meshloom evaluate` with these words, on ranks that are there already, each with one micro-batch at a time."""
     arguments = read_arguments([*words, f"launch.nproc={world_size}"])
-    return evaluate(resolve_evaluation(arguments), whole=arguments.whole).as_json()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module, "AT_ONCE", 1)
+        return evaluate(resolve_evaluation(arguments), whole=arguments.whole).as_json()
 
 
 def commanded(rank: int, world_size: int, words: list[str]) -> int:
@@ -121,8 +124,9 @@ def test_the_command_prints_a_table_or_json(run: Path, capfd: pytest.CaptureFixt
     assert head.endswith("step-00000003: step 3, fp64, one process") and titles.endswith("bits per byte")
     assert [row.split()[:3] for row in rows[:2]] == [["data", "1", "4"], ["wiki", "apart", "4"]]
     written = json.loads((run / "found.json").read_text())
-    assert run_ranks(1, commanded, [*words[:3], "--json"]) == [0]
-    assert json.loads(capfd.readouterr().out) == written
+    assert run_ranks(1, commanded, [*words[:3], "--json", "logging.progress=true"]) == [0]
+    output = capfd.readouterr()
+    assert json.loads(output.out) == written and "evaluating 8 samples" in output.err
     assert rows[2].split() == ["mean", *(f"{written[name]:.4f}" for name in ("loss", "perplexity", "bits_per_byte"))]
 
 
@@ -164,3 +168,11 @@ def test_another_tokenizer_is_refused(run: Path, capfd: pytest.CaptureFixture[st
 
 def test_perplexity_of_no_loss_is_none() -> None:
     assert perplexity(None) is None and perplexity(1e4) is None and perplexity(math.nan) is None and perplexity(0.0) == 1.0
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 8 * AT_ONCE, 8 * AT_ONCE + 1, 8 * 3 * AT_ONCE - 5, 12_345])
+def test_few_samples_are_in_memory_in_the_same_micro_batches(count: int) -> None:
+    batches = list(batches_of(count, 8))
+    assert [index for batch in batches for index in batch.indices()] == list(range(count))
+    assert all(0 < batch.count <= 8 * AT_ONCE for batch in batches) and all(batch.first % 8 == 0 for batch in batches)
+    assert len(batches) < 2 or batches[-1].count > 8, "a last batch of other rows would be compiled anew"

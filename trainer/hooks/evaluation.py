@@ -37,10 +37,9 @@ class EvaluationSet:
     micro_batches: Sequence[MicroBatch]
 
 
-def counted_weights(sets: Sequence[EvaluationSet]) -> list[float]:
-    """Return the weights with which sets count: alike where there are named sets alone."""
-    alike = not any(each.weight for each in sets)
-    return [1.0 if alike else each.weight for each in sets]
+def counted_weights(weights: Sequence[float]) -> list[float]:
+    """Return the weights with which sets count: alike where there are named sets alone, whose weights are 0."""
+    return list(weights) if any(weights) else [1.0] * len(weights)
 
 
 def weighted_mean(weights: Sequence[float], found: Sequence[StepLoss], values: Sequence[float]) -> float:
@@ -62,7 +61,7 @@ class Evaluation(Hook):
 
     def __init__(self, sets: Sequence[EvaluationSet], every: Duration | None, layers: Sequence[int] = ()) -> None:
         self._sets, self._layers = sets, layers
-        self._weights = counted_weights(sets)
+        self._weights = counted_weights([each.weight for each in sets])
         self._every = every
 
     def _evaluate(self, loop: Loop) -> None:
