@@ -10,6 +10,7 @@ from typing import Any
 from ..config.problems import ConfigError, Problem
 from ..optim.batch.config import FITTED
 from ..parallel.config import ParallelConfig
+from ..parallel.policies import MIXED
 from ..planner.checkpoint_needs import fewer_snapshots
 from ..planner.cluster import load_cluster
 from ..planner.prediction import usable_bytes
@@ -29,7 +30,6 @@ from .shortages import shortages
 from .tuned_keys import BUDGET, HYBRID_KEYS, KEYS
 from .typed_words import given_keys, micro_is_fixed
 
-POLICIES = ("none", "selective", "full")
 ALIKE = 0.01
 """Predictions that differ by less say nothing about which is faster: steps of one and the same run differ by more."""
 REFERENCE = "h200"
@@ -289,7 +289,7 @@ class _Search:
                 if crowded and size != micros[-1]:
                     continue
                 tried: list[Candidate | None] = []
-                for policy in [activation] if "trainer.activation" in fixed else dict.fromkeys([*POLICIES, activation]):
+                for policy in [activation] if "trainer.activation" in fixed else dict.fromkeys([*MIXED, activation]):
                     settings: dict[str, Any] = dict(
                         zip(given, (stage, size, policy, budget if BUDGET in fixed else None), strict=True)
                     )

@@ -18,7 +18,7 @@ from .pipeline.stages import splits_backward
 
 POLICIES = ("none", "selective", "full", "offload")
 MIXED = ("none", "selective", "full")
-"""Policies that a budget mixes."""
+"""Policies that keep everything on the GPU: a budget mixes them, and a plan chooses one."""
 
 
 @dataclass(frozen=True)

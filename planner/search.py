@@ -17,6 +17,7 @@ from ..models.costs import parameter_count
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import Layout
 from ..parallel.pipeline.stages import legal_micro_batches, splits_backward
+from ..parallel.policies import MIXED
 from .cluster import GIB, ClusterConfig
 from .cost import layout_cost
 from .engines import engine_cost
@@ -32,7 +33,6 @@ LAYOUT_KEYS = (
 """Keys that tell layouts apart. Of each layout the fastest micro-batch and activation policy are kept."""
 KEYS = (*LAYOUT_KEYS, "batch.micro", "trainer.activation")
 """Keys that the search varies: placement, which changes what a run costs and not what it computes."""
-POLICIES = ("none", "selective", "full")
 MICROS = (1, 2, 4, 8, 16, 32)
 LONG = 32768  # positions of a sample from which context parallelism is tried, or where there are more ranks than samples
 LEAST_SLICE = 4096  # positions of a context-parallel rank
@@ -245,7 +245,7 @@ def _lightest(question: Question, parallel: ParallelConfig, layout: Layout, micr
 
 def _policies(question: Question, parallel: ParallelConfig) -> Sequence[str]:
     halves = splits_backward(parallel)
-    return _choices(question, "trainer.activation", [each for each in POLICIES if not (halves and each == "selective")])
+    return _choices(question, "trainer.activation", [each for each in MIXED if not (halves and each == "selective")])
 
 
 def _may_fit(question: Question, parallel: ParallelConfig, layout: Layout) -> bool:

@@ -42,10 +42,9 @@ from ..parallel.engines import make_engine
 from ..parallel.hybrid.cost import decoder_flops, module_flops
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh
-from ..parallel.pipeline.stages import legal_micro_batches
-from ..parallel.policies import ActivationSettings
 from .all_ranks import raise_on_all_ranks
-from .derived import build_horizon, checkpoint_folder
+from .costs import assigner_of
+from .derived import activation_settings, build_horizon, checkpoint_folder
 from .generation import TextCodec
 from .guard.guard import StepGuard
 from .guard.island_statistics import IslandStatistics
@@ -103,12 +102,6 @@ def optimizer_factory(config: OptimConfig) -> OptimizerFactory:
     return make
 
 
-def activation_settings(config: RunConfig) -> ActivationSettings:
-    """Return what a config says of the activations that blocks keep."""
-    trainer = config.trainer
-    return ActivationSettings(trainer.activation, trainer.activation_budget, config.precision, trainer.compile)
-
-
 def engine_settings(config: RunConfig, model: Model, seq_len: int = 0, measures: bool = False) -> EngineSettings:
     """Return the settings that engines read from a config, with the division of the model's blocks.
 
@@ -132,16 +125,10 @@ def engine_settings(config: RunConfig, model: Model, seq_len: int = 0, measures:
     )
 
 
-def build_assigner(config: RunConfig, layout: Layout, island: int = 0) -> Assigner:
-    """Build what assigns the micro-batches of each global batch, or of an island's part of it, to the data ranks."""
-    can_run = functools.partial(legal_micro_batches, config.parallel)
-    return Assigner(layout.data_size, can_run, config.optim.compares_halves(), layout.islands, island)
-
-
 def build_dealer(config: RunConfig, layout: Layout, model: Model, island: int = 0) -> Dealer:
     """Build what deals global batches to the data ranks: their samples, or under hybrid data parallelism their documents."""
     if config.parallel.hdp == "none":
-        return build_assigner(config, layout, island)
+        return assigner_of(config, layout, layout.islands, island)
     seq_len, shape = config.data.seq_len, model.decoder_config
     flops = module_flops(model.flops_per_token, seq_len) if shape is None else decoder_flops(shape)
     return hybrid_dealer(config, layout, shape, flops)

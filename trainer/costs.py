@@ -15,7 +15,7 @@ from ..parallel.config import ParallelConfig
 from ..parallel.division import divide_blocks
 from ..parallel.layout import Layout
 from ..parallel.pipeline.stages import legal_micro_batches
-from ..parallel.policies import ActivationSettings, fused_experts_blocker, fused_swiglu_blocker
+from ..parallel.policies import fused_experts_blocker, fused_swiglu_blocker
 from ..planner.cluster import ClusterConfig
 from ..planner.cost import LayoutCost, layout_cost
 from ..planner.engines import engine_cost
@@ -24,7 +24,7 @@ from ..planner.offload import OffloadAccount
 from ..planner.parameters import Inventory, decoder_inventory
 from ..planner.prediction import Prediction
 from ..planner.step_time import Step, matrices_of
-from .derived import run_length
+from .derived import activation_settings, run_length
 from .schema import RunConfig
 
 
@@ -64,10 +64,13 @@ def planned_layout(config: RunConfig, world_size: int) -> Layout:
     return Layout.plan(config.parallel, world_size, config.islands_on(world_size)).of_one_island()
 
 
-def assigner_of(config: RunConfig, layout: Layout, islands: int = 1) -> Assigner:
-    """Return what deals global batches to the data ranks of this layout, which is that of one of so many islands."""
+def assigner_of(config: RunConfig, layout: Layout, islands: int = 1, island: int = 0) -> Assigner:
+    """Return what deals global batches, or one of so many islands' part of them, to the data ranks of an island.
+
+    layout: that of an island, or of all of them together
+    """
     can_run = functools.partial(legal_micro_batches, config.parallel)
-    return Assigner(layout.data_size, can_run, config.optim.compares_halves(), islands)
+    return Assigner(layout.data_size, can_run, config.optim.compares_halves(), islands, island)
 
 
 def job_of(
@@ -79,9 +82,8 @@ def job_of(
     """
     trainer, samples = config.trainer, config.batch.samples
     assert isinstance(samples, int)
-    settings = ActivationSettings(trainer.activation, trainer.activation_budget, config.precision, trainer.compile)
     try:
-        policies, _ = divide_blocks(shape, shape.layers, config.parallel, settings, config.data.seq_len)
+        policies, _ = divide_blocks(shape, shape.layers, config.parallel, activation_settings(config), config.data.seq_len)
     except ValueError as error:
         raise ConfigError([Problem("trainer.activation_budget", str(error), "give it more")]) from error
     job = Job(

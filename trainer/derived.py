@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config.duration import Duration, Unit
 from ..optim.horizon import Horizon
 from ..optim.progress import BEGINNING, Progress
+from ..parallel.policies import ActivationSettings
 from .config import TrainerConfig
 from .schema import RunConfig
 from .stages.record import Place
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def run_length(trainer: TrainerConfig) -> Duration:
@@ -36,6 +41,12 @@ def build_horizon(
     return Horizon(run_length(config.trainer), seq_len, fixed, begun)
 
 
-def checkpoint_folder(config: RunConfig) -> str:
-    """Return where the run's checkpoints are: a path or an fsspec URL."""
+def activation_settings(config: RunConfig) -> ActivationSettings:
+    """Return what a config says of the activations that blocks keep."""
+    trainer = config.trainer
+    return ActivationSettings(trainer.activation, trainer.activation_budget, config.precision, trainer.compile)
+
+
+def checkpoint_folder(config: RunConfig | DictConfig) -> str:
+    """Return where the run's checkpoints are: a path or an fsspec URL. config: resolved, or as composed"""
     return str(config.checkpoint.folder or Path(config.output_dir) / "checkpoints")

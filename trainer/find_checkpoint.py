@@ -15,6 +15,7 @@ from ..checkpoint.folder import KEEPERS, find_latest, read_newest, step_name, st
 from ..checkpoint.manifest import MANIFEST, Manifest
 from ..config.problems import ConfigError, Problem
 from ..optim.progress import Progress
+from .derived import checkpoint_folder
 from .restarts import is_restarted
 
 AUTO_FROM = "auto:"
@@ -29,11 +30,6 @@ def resumes_own_run(resume: str) -> bool:
 def resumes_own(resume: str, output_dir: str | Path) -> bool:
     """Return whether this process resumes from the run's own checkpoints: by `resume`, or because it was started again."""
     return resumes_own_run(resume) or is_restarted(Path(output_dir))
-
-
-def own_folder(config: DictConfig) -> str:
-    """Return the checkpoint folder of a composed run."""
-    return str(config.checkpoint.folder or Path(config.output_dir) / "checkpoints")
 
 
 def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
@@ -51,7 +47,7 @@ def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
     """
     wanted = str(config.resume)
     if resumes_own(wanted, config.output_dir):
-        folder = own_folder(config)  # not a step: `restore` skips damaged ones and also looks into memory
+        folder = checkpoint_folder(config)  # not a step: `restore` skips damaged ones and also looks into memory
         try:
             if _holds_checkpoint(folder):
                 return folder

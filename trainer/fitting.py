@@ -15,6 +15,7 @@ from ..config.keys import Side
 from ..config.problems import ConfigError, Problem
 from ..optim.batch.config import FITTED, MICRO_SIDE, BoundedConfig, StagesConfig
 from ..parallel.layout import Layout, layout_problems
+from ..parallel.policies import MIXED
 from .relations import RELATIONS, Relation, Start, data_problems, validation_problems
 from .schema import RunConfig
 from .typed import replace_keys
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from ..planner.prediction import Prediction
 
 MICRO, ACTIVATION = "batch.micro", "trainer.activation"
-POLICIES = ("none", "selective", "full")
 MICROS = (1, 2, 4, 8, 16, 32)
 USUAL = 8
 """The largest micro-batch where no GPU is known: the default of the key."""
@@ -156,7 +156,7 @@ def _smallest(config: RunConfig, start: Start, left: Sequence[str]) -> RunConfig
     tried = [
         replace_keys(config, {key: {MICRO: micro, ACTIVATION: policy}[key] for key in left})
         for micro in (_micros(config, start) if MICRO in left else MICROS[:1])
-        for policy in (reversed(POLICIES) if ACTIVATION in left else POLICIES[:1])
+        for policy in (reversed(MIXED) if ACTIVATION in left else MIXED[:1])
     ]
     return min(tried, key=lambda each: _faults(each, start))
 
@@ -173,7 +173,7 @@ def _fitted(config: RunConfig, start: Start, left: Sequence[str], machine: Clust
     if _is_refused(refused[0], start):
         return refused
     micros = _micros(config, start) if MICRO in left else [config.batch.micro_size]
-    policies = POLICIES if ACTIVATION in left else [config.trainer.activation]
+    policies = MIXED if ACTIVATION in left else [config.trainer.activation]
     costing: Costing | None = None
     tried: list[tuple[Prediction, RunConfig]] = []
     crowded = False

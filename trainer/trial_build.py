@@ -23,8 +23,8 @@ from ..parallel.legality import layout_and_model_problems
 from ..parallel.policies import block_policies
 from ..parallel.torch.float8 import float8_size_problems
 from ..planner.parameters import Inventory, decoder_inventory
-from .build import activation_settings, build_model, optimizer_factory
-from .derived import build_horizon
+from .build import build_model, optimizer_factory
+from .derived import activation_settings, build_horizon
 from .hooks.base import hook_problems
 from .relations import Start, batch_problems, collect_problems, layout_work
 from .schema import RunConfig

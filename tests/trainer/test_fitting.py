@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 
 from meshloom.launch.cli import main
 from meshloom.launch.planning import resolve_plan
+from meshloom.parallel.policies import MIXED
 from meshloom.planner.cluster import ClusterConfig, load_cluster
 from meshloom.trainer import launching, machine_gpus
 from meshloom.trainer.costs import Costing
-from meshloom.trainer.fitting import ALIKE, MICROS, POLICIES, Fitting
+from meshloom.trainer.fitting import ALIKE, MICROS, Fitting
 from meshloom.trainer.machine_gpus import machine_here, smallest_gpu
 from meshloom.trainer.relations import Start
 from meshloom.trainer.resolve import compose_config
@@ -56,7 +57,7 @@ def test_no_other_choice_that_fits_is_faster(memory: float) -> None:
     config = replace_keys(composed(*AUTO), {"batch.micro": 1, "trainer.activation": "none"})
     costing = Costing(config, 8, h100(8, memory=memory)(config))
     found: dict[tuple[int, str], Any] = {}
-    for size, kept in itertools.product(MICROS[:4], POLICIES):
+    for size, kept in itertools.product(MICROS[:4], MIXED):
         found[size, kept] = costing.predict(replace_keys(config, {"batch.micro": size, "trainer.activation": kept}))
     fitting = {choice: each for choice, each in found.items() if each.fits}
     fastest = min(each.seconds for each in fitting.values())
