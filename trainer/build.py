@@ -6,26 +6,25 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from ..checkpoint.checkpointer import Checkpointer
 from ..checkpoint.control import Control
 from ..checkpoint.errors import HeldError
-from ..config.duration import Duration
 from ..config.nodes import Custom
 from ..config.problems import ConfigError, Problem
-from ..data.assignment import Assigner, Dealer, Share
-from ..data.batch import GlobalBatch, Samples
+from ..data.assignment import Dealer
+from ..data.batch import Samples
 from ..data.left_out import LeftOut
 from ..data.loader import Loader
 from ..data.node import DataNode
 from ..data.reading import read_on, shifted
-from ..data.validation import ValidationPart, samples_of_parts, validation_parts
+from ..data.validation import ValidationPart
 from ..data.version import rules_version
 from ..models import build as models
 from ..models.config import ModelConfig
@@ -45,31 +44,15 @@ from ..parallel.mesh import Mesh
 from .all_ranks import raise_on_all_ranks
 from .costs import assigner_of
 from .derived import activation_settings, build_horizon, checkpoint_folder
-from .generation import TextCodec
 from .guard.guard import StepGuard
 from .guard.island_statistics import IslandStatistics
 from .guard.journal import Journal
-from .hooks.base import Hook
-from .hooks.evaluation import Evaluation, EvaluationSet
-from .hooks.expert_load import WarnOfCollapse
-from .hooks.expert_map import ExpertMap
-from .hooks.garbage import CollectGarbage
-from .hooks.hybrid_waiting import MeasureWaiting
-from .hooks.island_history import IslandHistory
-from .hooks.loggers.defaults import default_loggers
-from .hooks.profiling import ProfileStep
-from .hooks.rebuilt_history import RebuiltHistory
-from .hooks.replicas import CompareReplicas
-from .hooks.sampling import SampleText
+from .hooks.build import HookParts, build_hooks
 from .hooks.saving import Saving
-from .hooks.stragglers import NameStragglers
-from .hooks.tasks import TaskEvaluation
 from .hybrid import hidden_copies, hybrid_dealer
-from .loop import Loop, agree_on_plan
+from .loop import Loop
 from .schema import RunConfig
 from .stages.record import Place, StageRecord
-from .tokenizer_settings import beginning_token
-from .typed import plain_config
 
 log = logging.getLogger(__name__)
 
@@ -132,19 +115,6 @@ def build_dealer(config: RunConfig, layout: Layout, model: Model, island: int = 
     seq_len, shape = config.data.seq_len, model.decoder_config
     flops = module_flops(model.flops_per_token, seq_len) if shape is None else decoder_flops(shape)
     return hybrid_dealer(config, layout, shape, flops)
-
-
-def build_hook(node: Mapping[str, Any]) -> Hook:
-    """Build a user's hook from its config node. Raises ConfigError if its constructor fails."""
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    try:
-        return cast(Hook, instantiate(dict(node)))
-    except InstantiationException as error:
-        reason = error.__cause__ or error
-        message = f"{node['_target_']} can't be built: {type(reason).__name__}: {reason}"
-        raise ConfigError([Problem("trainer.hooks", message, "check its keys, and what its constructor needs")]) from error
 
 
 @dataclass
@@ -240,52 +210,13 @@ def _build(
     samples = LeftOut(training_samples(data, place), journal.is_left_out)
     loader = Loader(samples, dealer, mesh.data_rank, pin=mesh.device.type == "cuda")
 
-    shape = model.decoder_config
-    mixtures = [] if shape is None else shape.mixture_layers()
-    hooks: list[Hook] = []
-    if mesh.is_main and config.trainer.profile_step is not None:  # first: what the others do at a step's end is not the step's
-        hooks.append(ProfileStep(config.trainer.profile_step, output_dir / "profile"))
-    hooks += [CollectGarbage(), *(build_hook(node) for node in config.trainer.hooks)]
-    parts = [*validation_parts(data), *sets]
-    if parts and config.trainer.eval_every != 0:
-        held_out = build_evaluation_dealer(config, mesh.layout, dealer)
-        hooks.append(_evaluation(config, parts, mesh, held_out, mixtures))
-    elif not parts and config.trainer.eval_every and mesh.is_main:
-        log.warning("trainer.eval_every: there will be no evaluation, because the data keeps nothing for validation")
     saving = None
-    if checkpointer is None:
-        _compare_replicas(hooks, config)
-    else:
-        fixed = {
-            **saved,
-            "data_fingerprint": data.fingerprint,
-            "data_version": rules_version(data),
-            "vocabulary": vocabulary,
-            "tokenizer": data.tokenizer.fingerprint if data.tokenizer is not None else None,
-            "end_of_document": data.tokenizer.end_of_document if data.tokenizer is not None else None,
-            "layout": mesh.layout.describe(),
-            "islands": mesh.layout.islands,
-        }
-        _compare_replicas(hooks, config)
+    if checkpointer is not None:
+        fixed = {**saved, **_stated(data, mesh, vocabulary)}
         saving = Saving(checkpointer, config.checkpoint.every, fixed, functools.partial(_stages_state, place, data))
-        hooks.append(saving)
     build = functools.partial(build_model, config.model, vocabulary)
-    if config.tasks.names:  # behind the hook that saves: a step that is due for both is saved first
-        hooks.append(_task_evaluation(config, build, data, settings.compute, tokenizer_settings))
-    if mesh.is_main:
-        hooks.append(RebuiltHistory())
-        if engine.islands is not None:
-            hooks.append(IslandHistory())
-        if mesh.layout.world_size > 1:
-            hooks.append(NameStragglers())
-        if MeasureWaiting.can_measure(dealer):
-            hooks.append(MeasureWaiting())
-        if config.trainer.sample_prompt is not None:
-            hooks += _sample_hooks(config, build, data.tokenizer, settings.compute, saved=saving is not None)
-        if shape is not None and mixtures:
-            hooks += [WarnOfCollapse(shape.experts), ExpertMap(mixtures, output_dir / "experts")]
-        hooks += default_loggers(config.logging, output_dir, plain_config(config))
-
+    shape = model.decoder_config
+    parts = HookParts(config, mesh, data, dealer, engine, shape, build, settings.compute, tokenizer_settings)
     guard = StepGuard(mesh.island, config.trainer, journal, checkpoint_folder(config), output_dir)
     local = config.optim.local
     loop = Loop(
@@ -299,7 +230,7 @@ def _build(
         flops_per_token=flops,
         output_dir=output_dir,
         max_grad_norm=config.trainer.max_grad_norm,
-        hooks=hooks,
+        hooks=build_hooks(parts, sets, saving),
         guard=guard,
         island_statistics=IslandStatistics(mesh, guard, local.islands) if local.active else None,
         stage=None if place is None else place.stage,
@@ -307,11 +238,18 @@ def _build(
     return Run(loop, saving, loader, data, place)
 
 
-def _compare_replicas(hooks: list[Hook], config: RunConfig) -> None:
-    """Add the comparison of copies: before saving, which confirms what it has found in order."""
-    every, saves = config.trainer.compare_replicas_every, (config.checkpoint.every, config.checkpoint.memory_every)
-    if every is not None:
-        hooks.append(CompareReplicas(every, saves, config.trainer.on_bad_step))
+def _stated(data: DataNode, mesh: Mesh, vocabulary: int) -> dict[str, Any]:
+    """Return what checkpoints state of a run's data and layout."""
+    tokenizer = data.tokenizer
+    return {
+        "data_fingerprint": data.fingerprint,
+        "data_version": rules_version(data),
+        "vocabulary": vocabulary,
+        "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
+        "end_of_document": None if tokenizer is None else tokenizer.end_of_document,
+        "layout": mesh.layout.describe(),
+        "islands": mesh.layout.islands,
+    }
 
 
 def training_samples(data: DataNode, place: Place | None) -> Samples:
@@ -326,54 +264,3 @@ def _stages_state(place: Place | None, data: DataNode, progress: Progress) -> di
     if place is None or place.record is None:
         return {"stages": StageRecord().after(data, progress.samples).as_json()}
     return {"stages": place.record.after(data, progress.samples - place.origin("data").samples).as_json()}
-
-
-def validation_share(config: RunConfig, mesh: Mesh, dealer: Dealer, part: ValidationPart, batch: GlobalBatch) -> Share:
-    """Load this rank's share of some of a part's validation samples.
-
-    Raises PlansDiffer where ranks deal the part's documents in other ways.
-    """
-    share = dealer.load(part.samples, batch, config.batch.micro_size, mesh.data_rank)
-    agree_on_plan(mesh, share, f"validation set {part.name}" if part.name else "the validation samples")
-    return share
-
-
-def build_evaluation_dealer(config: RunConfig, layout: Layout, dealer: Dealer) -> Dealer:
-    """Build what deals validation samples to the data ranks. dealer: that of the run's global batches."""
-    return dealer if config.parallel.hdp != "none" else Assigner(layout.data_size)
-
-
-def _evaluation(
-    config: RunConfig, parts: Sequence[ValidationPart], mesh: Mesh, dealer: Dealer, mixtures: Sequence[int]
-) -> Evaluation:
-    """Build the hook that evaluates on the parts' validation samples. mixtures: the layers with experts."""
-    counts = samples_of_parts(parts, config.trainer.eval_samples)
-    sets = [
-        EvaluationSet(part.name, part.weight, validation_share(config, mesh, dealer, part, GlobalBatch(0, count)).micro_batches)
-        for part, count in zip(parts, counts, strict=True)
-    ]
-    every = config.trainer.eval_every
-    return Evaluation(sets, None if every is None else Duration.parse(every), mixtures)
-
-
-def _task_evaluation(
-    config: RunConfig, build: Callable[[], Model], data: DataNode, dtype: torch.dtype, settings: Path | None
-) -> TaskEvaluation:
-    """Build the hook that evaluates on tasks. Raises ConfigError for data without text."""
-    if data.tokenizer is None:
-        fix = "train on text, or on shards with their tokenizer; or leave the tasks out (tasks.names=[])"
-        raise ConfigError([Problem("tasks.names", "tasks are text, and the data has no tokenizer", fix)])
-    return TaskEvaluation(config.tasks, build, data.tokenizer, dtype, beginning_token(data.tokenizer, settings))
-
-
-def _sample_hooks(
-    config: RunConfig, build: Callable[[], Model], codec: TextCodec | None, dtype: torch.dtype, *, saved: bool
-) -> list[Hook]:
-    """Build the hook that samples text at the end of the run; none where there is no tokenizer or no checkpoint."""
-    prompt, tokens = config.trainer.sample_prompt, config.trainer.sample_tokens
-    assert prompt is not None
-    if codec is None or not saved:  # checkpoints of an earlier run may lie there
-        why = "the data has no text" if codec is None else "the run saves nothing (checkpoint.every=0)"
-        log.warning("trainer.sample_prompt: there will be no sample, because %s", why)
-        return []
-    return [SampleText(prompt, tokens, build, codec, config.seed, checkpoint_folder(config), dtype)]

@@ -28,12 +28,11 @@ from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, pick_device
 from .build import (
     build_dealer,
-    build_evaluation_dealer,
     build_model,
     engine_settings,
     optimizer_factory,
-    validation_share,
 )
+from .hooks.build import build_evaluation_dealer, validation_share
 from .hooks.evaluation import counted_weights, weighted_mean
 from .resolve import ResolvedRun
 from .resume import refuse_another_tokenizer, restore_weights

@@ -9,8 +9,8 @@ import pytest
 
 from meshloom.config.problems import ConfigError
 from meshloom.launch.once import OncePerNode, hook_failure, is_first
-from meshloom.trainer.build import build_hook
 from meshloom.trainer.hooks.base import Hook
+from meshloom.trainer.hooks.build import build_hook
 
 
 @pytest.fixture
