@@ -210,7 +210,7 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
         notes.append(f"{gib(spared)} GiB less {where}")
     for note in notes:
         console.print(f"· {note}", style="dim", highlight=False, markup=False)
-    local = plan.layout.world_size // resolved.config.launch.most_nodes
+    local = plan.processes // resolved.config.launch.most_nodes
     if found is None:
         problems = [*map(str, shortages(resolved.config, plan.needs, plan.away, local, available_memory()))]
     else:  # what is free on this machine says nothing about the cluster

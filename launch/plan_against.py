@@ -65,14 +65,14 @@ def against(folder: Path, cluster: ClusterConfig, length: float | None = None) -
     counted = rows[min(WARM_UP, len(rows) - 1) :]
     plan = plan_of(config, ())
     numbers = {name: [row[name] for row in counted if row.get(name) is not None] for name in (*MEASURED, "memory_gib")}
-    rates = [rate / plan.layout.world_size for rate in numbers["tokens_per_second"]]
+    rates = [rate / plan.processes for rate in numbers["tokens_per_second"]]
     found = Measured(
         median(numbers["step_seconds"]) if numbers["step_seconds"] else None,
         median(rates) if rates else None,
         max(numbers["memory_gib"], default=None),
         len(counted),
     )
-    return predict(plan, config, replace(cluster, gpus=plan.layout.world_size), length), found
+    return predict(plan, config, replace(cluster, gpus=plan.processes), length), found
 
 
 def against_table(predicted: Prediction, measured: Measured) -> Table:

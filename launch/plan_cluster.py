@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from ..config.problems import ConfigError, Problem
 from ..planner.cluster import ClusterConfig, is_cluster_word, load_cluster
@@ -67,6 +66,8 @@ def predict(plan: Plan, config: RunConfig, cluster: ClusterConfig, length: float
     """Predict what a planned run costs on a cluster. length: mean tokens of a document that attention stays inside."""
     if plan.dealt is not None:
         length = plan.dealt.length
-    step = Step(plan.model.shape, plan.parallel, plan.layout, plan.job, plan.cost, plan.away, cluster, length)
-    step = replace(step, matrices=matrices_of(config.optim, plan.model), saving=config.checkpoint, dealt=plan.dealt)
+    step = Step(
+        plan.model.shape, plan.parallel, plan.layout, plan.job, plan.cost, plan.away, cluster, length,
+        matrices=matrices_of(config.optim, plan.model), saving=config.checkpoint, dealt=plan.dealt, islands=plan.islands,
+    )  # fmt: skip
     return Prediction(step, plan.samples, run_tokens(config))

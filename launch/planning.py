@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..config.nodes import Custom
 from ..config.precision import PRECISIONS
 from ..config.problems import ConfigError, Problem
+from ..data.assignment import Assigner
+from ..models.config import DecoderConfig
+from ..models.costs import ForwardPass
 from ..optim.build import build_controller
 from ..optim.local.rounds import Rounds
 from ..optim.optimizers.matrix_config import MatrixOptimConfig
@@ -20,7 +23,7 @@ from ..planner.checkpoint_needs import CheckpointNeeds, checkpoint_needs, descri
 from ..planner.cluster import ClusterConfig
 from ..planner.cost import LayoutCost, drawn, level_bytes
 from ..planner.hybrid import DealtStep, dealt_step, with_rows_on_host
-from ..planner.memory import Cutter, Job
+from ..planner.memory import Cutter, Job, optimizer_bytes
 from ..planner.network import gradient_levels, matrix_levels
 from ..planner.offload import OffloadAccount, describe
 from ..planner.parameters import Inventory
@@ -54,9 +57,10 @@ class Plan:
     model    the shape of the decoder and its parameters
     away     what its first rank offloads
     needs    what its checkpoints take
-    samples  global batch, at its start where it changes
+    samples  global batch of the whole run, at its start where it changes
     notes    remarks on the figures
     dealt    the first step's documents under hybrid data parallelism; None without
+    islands  of the run (`optim.local`); layout, costs and what a process needs are those of one, and all are alike
     """
 
     model: Inventory
@@ -69,6 +73,12 @@ class Plan:
     samples: int
     notes: list[str]
     dealt: DealtStep | None = None
+    islands: int = 1
+
+    @property
+    def processes(self) -> int:
+        """Processes of the whole run, of all islands."""
+        return self.islands * self.layout.world_size
 
     @property
     def bytes(self) -> int:
@@ -154,67 +164,110 @@ def plan_of(
     """
     if problems := unplanned_problems(config):
         raise ConfigError(problems)
-    notes = list(notices)
     parallel, samples = config.parallel, config.batch.samples
     assert isinstance(samples, int)
     processes = planned_processes(config.launch)
     layout, islands = planned_layout(config, processes), config.islands_on(processes)
-    if not config.model.vocabulary:
-        vocabulary = config.data.known_vocabulary
-        notes.append(f"a vocabulary of {vocabulary:,} tokens, as data.vocabulary asks for; the tokenizer has the last word")
-    if config.batch.name != "fixed":
-        notes.append(f"the batch size changes during the run; these are the figures of its start, {samples} samples")
     assigner = assigner_of(config, layout, islands)
-    if ranks_share_workers(config):
-        notes.append(f"what steps take in which batch={config.batch.name} measures gradients is not in these figures")
-    controller = build_controller(config.batch, build_horizon(config, config.data.seq_len))
-    blanks = blank_notice(assigner, controller, Progress())
-    if blanks is not None and parallel.hdp == "none":
-        notes.append(blanks)
-    if config.optim.local.active:
-        notes.append(
-            f"optim.local: these are the figures of one of {islands} islands, which are alike; the time in which"
-            " differences travel is not in them"
-        )
+    notes = [*notices, *_batch_notes(config, assigner), *_island_notes(config, islands)]
     model = inventory_of(config)
     job = job_of(config, model.shape, assigner, fused=fused, per_host=per_host or processes // config.launch.most_nodes)
     dealt: DealtStep | None = None
     if parallel.hdp != "none":
-        dealer = hybrid_dealer(config, layout, model.shape, decoder_flops(model.shape))
-        if documents is None:
-            notes.append("each sample is taken for one document; --documents says what they are, or takes the data's own")
-        hidden = hidden_copies(config, layout, model.shape)
-        lengths = documents or [job.seq_len] * samples
-        dealt = dealt_step(lengths, dealer, job.seq_len, job.micro, hidden, model.shape.layers)
-        notes.append(
-            f"parallel.hdp: the first step's documents lie in up to {dealt.rows} rows a rank, {dealt.shared} are shared, and by"
-            f" the plan ranks wait {dealt.waiting:.1%} of the time; messages of shared ones are not counted"
-        )
-        job = replace(job, row=dealer.row_tokens(job.seq_len, job.micro), micro_batches=dealt.rows)
+        job, dealt = _deal(config, layout, model.shape, job, documents)
+        notes += _dealing_notes(dealt, documents)
     cost, away, held = costs_of(model, parallel, layout, job, optimizer_of(config))
-    if dealt is not None:  # not all rows are full
-        ranks = [replace(rank, flops=rank.flops * dealt.filled) for rank in cost.ranks]
-        cost = replace(cost, ranks=ranks, model_flops=cost.model_flops * dealt.filled)
-        cost = with_rows_on_host(cost, dealt, model.shape, job.forward_pass(parallel))
     notes += describe(away)
-    if dealt is not None and dealt.pinned_bytes:
-        away = replace(away, host=away.host + dealt.pinned_bytes)
-        notes.append(
-            f"parallel.hdp_offload: whatever its documents, a full row keeps the activations of {dealt.on_host} of"
-            f" {model.shape.layers} blocks on the host; with longer ones it keeps more, which the memory of GPUs here does not"
-            f" count on, and each process may pin {dealt.pinned_bytes / 2**30:.3g} GiB of host memory"
-        )
+    if dealt is not None:
+        cost, away = _with_dealt(cost, away, dealt, model.shape, job.forward_pass(parallel))
+        notes += _pinning_notes(dealt, model.shape)
     if config.optim.local.active:
         notes.append(_exchange_note(config, cost, model))
-    shares = [rank.experts / rank.elements for rank in cost.ranks]
-    needs = checkpoint_needs(config.checkpoint, layout, held, shares)
+    needs = checkpoint_needs(config.checkpoint, layout, held, [rank.experts / rank.elements for rank in cost.ranks])
+    needs = replace(needs, step=islands * needs.step - _saved_once(config, model, islands))
     notes += [
         *describe_needs(needs),
         "weights, gradients and optimizer state are exact; activations and working memory are estimates, and what CUDA,"
         " NCCL and the allocator take is not in them",
         *_caveats(parallel),
     ]
-    return Plan(model, parallel, layout, job, drawn(cost, model.shape, parallel, job), away, needs, samples, notes, dealt)
+    cost = drawn(cost, model.shape, parallel, job)
+    return Plan(model, parallel, layout, job, cost, away, needs, samples, notes, dealt, islands)
+
+
+def _batch_notes(config: RunConfig, assigner: Assigner) -> Iterator[str]:
+    """Yield what the figures take for granted of the vocabulary and the batches, and the blanks of the first batch."""
+    if not config.model.vocabulary:
+        vocabulary = config.data.known_vocabulary
+        yield f"a vocabulary of {vocabulary:,} tokens, as data.vocabulary asks for; the tokenizer has the last word"
+    if config.batch.name != "fixed":
+        samples = config.batch.samples
+        yield f"the batch size changes during the run; these are the figures of its start, {samples} samples"
+    if ranks_share_workers(config):
+        yield f"what steps take in which batch={config.batch.name} measures gradients is not in these figures"
+    controller = build_controller(config.batch, build_horizon(config, config.data.seq_len))
+    blanks = blank_notice(assigner, controller, Progress())
+    if blanks is not None and config.parallel.hdp == "none":
+        yield blanks
+
+
+def _island_notes(config: RunConfig, islands: int) -> Iterator[str]:
+    if config.optim.local.active:
+        yield (
+            f"optim.local: the layout and what each rank holds are those of one of {islands} islands, which are alike; the time"
+            " in which differences travel is not in the figures"
+        )
+
+
+def _saved_once(config: RunConfig, model: Inventory, islands: int) -> int:
+    """Return the bytes by which a checkpoint is smaller than those of so many runs like an island, each by itself.
+
+    All islands have the same outer weights and momentum. Of an optimizer whose state is not known these are not counted at all.
+    """
+    if optimizer_bytes(config.optim) is None:
+        return 0
+    elements = sum(each.numel for each in model.parameters)
+    return (islands - 1) * config.optim.local.common_arrays * elements * PRECISIONS[config.precision].accum_bytes
+
+
+def _deal(
+    config: RunConfig, layout: Layout, shape: DecoderConfig, job: Job, documents: Sequence[int] | None
+) -> tuple[Job, DealtStep]:
+    """Deal the first step's documents, or its samples. Return the job in rows of documents, and the dealt step."""
+    dealer = hybrid_dealer(config, layout, shape, decoder_flops(shape))
+    samples = config.batch.samples
+    assert isinstance(samples, int)
+    lengths = documents or [job.seq_len] * samples
+    hidden = hidden_copies(config, layout, shape)
+    dealt = dealt_step(lengths, dealer, job.seq_len, job.micro, hidden, shape.layers)
+    return replace(job, row=dealer.row_tokens(job.seq_len, job.micro), micro_batches=dealt.rows), dealt
+
+
+def _dealing_notes(dealt: DealtStep, documents: Sequence[int] | None) -> Iterator[str]:
+    if documents is None:
+        yield "each sample is taken for one document; --documents says what they are, or takes the data's own"
+    yield (
+        f"parallel.hdp: the first step's documents lie in up to {dealt.rows} rows a rank, {dealt.shared} are shared, and by"
+        f" the plan ranks wait {dealt.waiting:.1%} of the time; messages of shared ones are not counted"
+    )
+
+
+def _with_dealt(
+    cost: LayoutCost, away: OffloadAccount, dealt: DealtStep, shape: DecoderConfig, work: ForwardPass
+) -> tuple[LayoutCost, OffloadAccount]:
+    """Count only what rows are filled with, and move to the host what rows keep there. work: of a full row."""
+    ranks = [replace(rank, flops=rank.flops * dealt.filled) for rank in cost.ranks]
+    cost = replace(cost, ranks=ranks, model_flops=cost.model_flops * dealt.filled)
+    return with_rows_on_host(cost, dealt, shape, work), replace(away, host=away.host + dealt.pinned_bytes)
+
+
+def _pinning_notes(dealt: DealtStep, shape: DecoderConfig) -> Iterator[str]:
+    if dealt.pinned_bytes:
+        yield (
+            f"parallel.hdp_offload: whatever its documents, a full row keeps the activations of {dealt.on_host} of"
+            f" {shape.layers} blocks on the host; with longer ones it keeps more, which the memory of GPUs here does not"
+            f" count on, and each process may pin {dealt.pinned_bytes / 2**30:.3g} GiB of host memory"
+        )
 
 
 def _exchange_note(config: RunConfig, cost: LayoutCost, model: Inventory) -> str:

@@ -157,7 +157,7 @@ def trial_samples(config: RunConfig, candidates: Sequence[Candidate]) -> int | N
     plan = candidates[0].plan
     if config.batch.name != "fixed" or isinstance(config.batch.samples, str) or plan.layout.pp > 1:
         return None
-    unit = math.lcm(*(one.plan.job.micro for one in candidates)) * plan.layout.data_size
+    unit = math.lcm(*(one.plan.job.micro for one in candidates)) * plan.layout.data_size * plan.islands
     return unit * MICRO_BATCHES if unit * MICRO_BATCHES < plan.samples else None
 
 
@@ -192,7 +192,7 @@ def _trial(
     timed = rows[min(WARM_UP, len(rows) - 1) :] if rows else []
     if not timed:
         return Trial(candidate, failure="it ended before its first step")
-    speed = statistics.median(row["tokens_per_second"] for row in timed) / candidate.plan.layout.world_size
+    speed = statistics.median(row["tokens_per_second"] for row in timed) / candidate.plan.processes
     return Trial(candidate, speed, timed[-1].get("memory_gib"))
 
 

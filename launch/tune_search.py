@@ -14,7 +14,6 @@ from ..parallel.policies import MIXED
 from ..planner.checkpoint_needs import fewer_snapshots
 from ..planner.cluster import load_cluster
 from ..planner.prediction import usable_bytes
-from ..planner.step_time import Step, matrices_of, step_time
 from ..planner.tables import GIB, gib
 from ..trainer.automatic import resolve_automatic
 from ..trainer.fitting import Fitting
@@ -24,6 +23,7 @@ from ..trainer.resolve import compose_config
 from ..trainer.schema import RunConfig
 from ..trainer.typed import replace_keys, value_of
 from ..trainer.validate import run_problems
+from .plan_cluster import predict
 from .plan_documents import step_documents
 from .planning import Plan, checked_plan
 from .shortages import shortages
@@ -56,7 +56,7 @@ class Candidate:
     @property
     def speed(self) -> float:
         """Predicted tokens per second of a process."""
-        return self.plan.samples * self.plan.job.seq_len / self.seconds / self.plan.layout.world_size
+        return self.plan.samples * self.plan.job.seq_len / self.seconds / self.plan.processes
 
     @property
     def host(self) -> int:
@@ -139,7 +139,7 @@ def tune(
     found = search.all(given, fixed, limit)
     if not found:
         raise search.refusals[tuple(given.values())]
-    local = found[0].plan.layout.world_size // config.launch.most_nodes  # processes of a machine
+    local = found[0].plan.processes // config.launch.most_nodes  # processes of a machine
     share = None if host is None else host / local
     fitting = ranked([one for one in found if _fits(one, limit, share)])
     if not fitting:
@@ -249,11 +249,8 @@ class _Search:
         except ConfigError as error:
             self.refusals[tuple(settings.values())] = error
             return None
-        cluster = replace(self._cluster, gpus=plan.layout.world_size)
-        length = None if plan.dealt is None else plan.dealt.length
-        step = Step(plan.model.shape, plan.parallel, plan.layout, plan.job, plan.cost, plan.away, cluster, length)
-        step = replace(step, matrices=matrices_of(config.optim, plan.model), saving=config.checkpoint, dealt=plan.dealt)
-        return Candidate(settings, plan, step_time(step).seconds)
+        found = predict(plan, config, replace(self._cluster, gpus=plan.processes))
+        return Candidate(settings, plan, found.seconds)
 
     def _fuses(self) -> bool:
         reason = self._fused_swiglu_blocker()
@@ -270,10 +267,12 @@ class _Search:
         """
         parallel = self._config.parallel
         model = max(1, parallel.pp * parallel.cp * parallel.tp)
-        data = max(1, planned_processes(self._config.launch) // model)
+        processes = planned_processes(self._config.launch)
+        data = max(1, processes // model)
         zero, micro, activation, budget = given.values()
         # Through a pipeline all stages are the same, and so they are on one rank of the torch engine that offloads nothing.
-        alone = data * parallel.cp == 1 and parallel.engine != "deepspeed" and parallel.offload == "none"
+        island = data * parallel.cp // self._config.islands_on(processes)
+        alone = island <= 1 and parallel.engine != "deepspeed" and parallel.offload == "none"
         alike = "parallel.zero" in fixed or parallel.pp > 1 or alone
         if {"batch.micro", "parallel.hdp_tokens"} & fixed:
             micros = [micro]

@@ -54,7 +54,7 @@ class Prediction:
     @property
     def gpus(self) -> int:
         """GPUs of the run."""
-        return self.step.layout.world_size
+        return self.step.gpus
 
     @property
     def tokens_per_second(self) -> float:

@@ -80,6 +80,7 @@ class Step:
     matrices  (layers of a rank) → the whole matrices that its optimizer computes; None: it updates element by element
     saving    how checkpoints are saved; None: not at all
     dealt     how hybrid data parallelism deals documents of known lengths; None: it does not, or they are not known
+    islands   of the run (`optim.local`): the step is one's, whose layout this is, and all take theirs at the same time
     """
 
     model: DecoderConfig
@@ -94,6 +95,12 @@ class Step:
     matrices: Matrices | None = None
     saving: CheckpointConfig | None = None
     dealt: DealtStep | None = None
+    islands: int = 1
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the whole run, of all islands."""
+        return self.islands * self.layout.world_size
 
     @property
     def traits(self) -> Software:
@@ -245,7 +252,7 @@ def _outside(
 def _after_passes(step: Step, rank: RankCost) -> dict[str, float]:
     """Predict what begins when the host has launched the passes and their GPU has ended: its own update, the disk, and STEP."""
     away, cluster = step.away, step.cluster
-    local = min(step.layout.world_size, cluster.gpus_per_node)
+    local = min(step.gpus, cluster.gpus_per_node)
     parts = {"disk": (away.disk_read + away.disk_written) * local / (cluster.disk * 1e9), "update": STEP}
     if step.parallel.offload != "none":
         parts["update"] += engine_moved(step.parallel)(rank, step.parallel, step.layout, step.job).update / HOST_UPDATE
@@ -272,7 +279,7 @@ def _waiting_for_checkpoints(step: Step, rank: RankCost, passes: float) -> float
     kept = rank.elements * unit + (rank.optimizer or 0)
     size = kept * layout.weight_ranks / layout.gradient_ranks  # of copies each saves a part
     copied = size / (cluster.host_link * 1e9)
-    written = size * min(layout.world_size, cluster.gpus_per_node) / (cluster.disk * 1e9)
+    written = size * min(step.gpus, cluster.gpus_per_node) / (cluster.disk * 1e9)
     if saving.mode == "sync":
         return (copied + written) / saving.every
     seconds = written if saving.snapshot_folder is not None else copied

@@ -147,6 +147,8 @@ class Costing:
         assigner, per_host = assigner_of(config, self._layout, self._islands), self._cluster.gpus_per_node
         job = job_of(config, self._model.shape, assigner, fused=None, per_host=per_host)
         cost, away, _ = costs_of(self._model, config.parallel, self._layout, job, self._optimizer)
-        step = Step(self._model.shape, config.parallel, self._layout, job, cost, away, self._cluster)
-        step = replace(step, matrices=matrices_of(config.optim, self._model), saving=config.checkpoint)
+        step = Step(
+            self._model.shape, config.parallel, self._layout, job, cost, away, self._cluster,
+            matrices=matrices_of(config.optim, self._model), saving=config.checkpoint, islands=self._islands,
+        )  # fmt: skip
         return Prediction(step, samples, run_tokens(config))

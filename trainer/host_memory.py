@@ -80,10 +80,11 @@ def host_bytes(config: RunConfig, *, on_gpus: bool) -> HostBytes | None:
         config = replace_keys(config, {"parallel.offload": "none", "parallel.offload_weights": "none"})
     if not local or not config.batch.samples or not (config.model.vocabulary or config.data.known_vocabulary):
         return None
-    layout = planned_layout(config, all_processes(config.launch))
+    processes = all_processes(config.launch)
+    layout, islands = planned_layout(config, processes), config.islands_on(processes)
     model = inventory_of(config)
     try:
-        job = job_of(config, model.shape, assigner_of(config, layout), fused=False)
+        job = job_of(config, model.shape, assigner_of(config, layout, islands), fused=False)
     except ConfigError:  # of an activation budget: the trial build tells of it
         return None
     cost, away, _ = costs_of(model, config.parallel, layout, job, optimizer_of(config))

@@ -56,7 +56,12 @@ class LocalConfig:
     @property
     def arrays(self) -> int:
         """Arrays of the weights' shape that are kept between steps, beside the weights and the inner optimizer's."""
-        return (1 + bool(self.momentum) + bool(self.delay)) if self.active else 0
+        return self.common_arrays + bool(self.delay) if self.active else 0
+
+    @property
+    def common_arrays(self) -> int:
+        """Those of them that are the same on all islands: the outer weights and their momentum."""
+        return 1 + bool(self.momentum) if self.active else 0
 
     def problems(self, key: str = "optim.local") -> list[Problem]:
         """Return what is wrong with the values."""

@@ -9,10 +9,13 @@ import pytest
 import torch.distributed as dist
 
 from meshloom.launch.cli import main
-from meshloom.launch.planning import checked_plan, make_plan, resolve_plan, spared_by_fusing
+from meshloom.launch.plan_cluster import predict
+from meshloom.launch.planning import checked_plan, make_plan, plan_of, resolve_plan, spared_by_fusing
 from meshloom.parallel.layout import Layout
+from meshloom.planner.cluster import load_cluster
 from meshloom.planner.drawing import pipeline_svg
 from meshloom.planner.tables import axis_groups, written_ranks
+from support.plans import SMALL
 
 LLAMA = ["recipe=llama_1b", "batch.samples=64"]  # ZeRO-1
 
@@ -56,6 +59,27 @@ def test_says_what_an_exchange_between_islands_needs() -> None:
     (note,) = [each for each in make_plan([*words, "optim.local.fragments=2"]).notes if "an exchange takes" in each]
     odd_layers_and_the_rest = 8 * (8 * 60_821_504 + 2 * 128_256 * 2048 + 2048) / 4  # of 16 layers
     assert f"{odd_layers_and_the_rest / 2**30:.3g} GiB more on a rank (for its largest fragment" in note
+
+
+def test_a_plan_of_islands_counts_the_processes_of_all() -> None:
+    """Alone on its GPU an island takes the step of one GPU on its part of the batch, so speed and cost are those of one."""
+    cluster = load_cluster(["cluster=h100x8"])
+    words = [*SMALL, "batch.micro=4", "trainer.activation=none", "checkpoint.folder=/nowhere", "trainer.steps=10"]
+    runs = (
+        ["launch.nproc=8", "batch.samples=128", "optim.local.islands=8"],
+        ["launch.nproc=1", "batch.samples=16", "trainer.steps=80"],
+    )
+    (islands, found), (_, alone) = (
+        (plan, predict(plan, resolved.config, cluster))
+        for resolved in (resolve_plan([*words, *run], cluster=cluster) for run in runs)
+        for plan in [plan_of(resolved.config, ())]
+    )
+    assert (islands.processes, islands.islands, islands.layout.world_size, found.gpus) == (8, 8, 1, 8)
+    for name in ("seconds", "tokens_per_second", "mfu", "gpu_hours", "cost"):
+        assert getattr(found, name) == pytest.approx(getattr(alone, name), rel=1e-6), name
+    assert 0.3 < found.mfu < 1 and found.days == pytest.approx(alone.days / 8, rel=1e-6)
+    ((rank,), saved) = islands.cost.ranks, islands.needs.step
+    assert saved == (8 * 12 + 8) * rank.elements, "weights and moments of each island, outer weights and their momentum once"
 
 
 def test_figures_are_those_of_arithmetic() -> None:

@@ -69,6 +69,18 @@ def test_nothing_is_computed_again_where_everything_fits(two: Tuned) -> None:
     assert {one.settings["parallel.zero"] for one in two.fitting} == {1, 2, 3}
 
 
+def test_islands_share_the_memory_of_their_machine() -> None:
+    """Eight islands of one process, on four machines of two: a process has half of a machine's memory."""
+    words = [*SMALL, "batch.samples=64", "optim.local.islands=8", "trainer.activation=none", "batch.micro=4"]
+    tuned = tune([*words, "launch.nodes=4", "launch.nproc=2"], 139 * GIB, host=100 * GIB)
+    assert tuned.host == 50 * GIB
+    (one,) = tuned.fitting
+    assert one.plan.job.micro_batches == 2 and one.plan.processes == 8
+    alone = tune([*words[:2], "batch.samples=8", *words[4:], "launch.nproc=1"], 139 * GIB).fitting[0]
+    assert one.speed == pytest.approx(alone.speed, rel=1e-2), "of a process"
+    assert trial_samples(tuned.config, [one]) is None, "a process has two micro-batches, and four would tell enough"
+
+
 def test_where_memory_is_short_blocks_keep_what_they_can() -> None:
     words = ["recipe=llama_1b", "batch.samples=4", "launch.nproc=1", "batch.micro=4"]
     tuned = tune(words, 55 * GIB)
