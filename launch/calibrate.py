@@ -17,9 +17,14 @@ from pathlib import Path
 
 from ..config.problems import ConfigError, Problem
 from ..planner.calibration import as_yaml, block_errors, calibrated
-from ..planner.cluster import ClusterConfig, load_cluster, options, profile_folder, recipes
+from ..planner.cluster import GIB, ClusterConfig, load_cluster, options, profile_folder, recipes
 from ..trainer.launching import under_torchrun, visible_gpus
 from .switches import BAD_CONFIG
+
+CARDS = {"PCIE", "NVL"}
+"""Words of the names of cards. The recipes are of GPUs on boards, which have faster memory and links."""
+ALIKE = 0.03
+"""Share by which a GPU's memory may differ from the data sheet's: drivers keep more or less of it."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,7 +60,12 @@ def calibrate(name: str | None, base: ClusterConfig | None, *, cpu: bool) -> int
 
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu") if cpu else torch.device("cuda", local)
-    cluster = base or _by_name("" if cpu else torch.cuda.get_device_name(device))
+    if cpu:
+        cluster = base or _processor()
+    else:
+        properties = torch.cuda.get_device_properties(device)
+        memory = properties.total_memory / GIB
+        cluster = replace(base or data_sheet(properties.name, memory), gpu=properties.name, memory=round(memory, 1))
     if not cpu:
         torch.cuda.set_device(device)  # NCCL and kernels launch on the current one, which is the first on every rank otherwise
     bench = Bench(device, SMALL if cpu else LARGE, cluster)
@@ -95,16 +105,29 @@ def _sized(cluster: ClusterConfig, visible: int) -> ClusterConfig:
     return replace(cluster, gpus=max(1, visible), gpus_per_node=max(cluster.gpus_per_node, visible))
 
 
-def _by_name(gpu: str) -> ClusterConfig:
-    """Return the recipe of a GPU by its name; for a processor, one whose figures are measured afterwards."""
-    found = next((name for name in recipes() if name.upper() in gpu.upper()), None)
-    if found is not None:
-        return load_cluster([f"cluster={found}"])
-    if gpu:
-        fix = f"give the one whose data sheet is nearest as --base; there are: {', '.join(options())}"
-        raise ConfigError([Problem("--base", f"no cluster has a {gpu}", fix)])
+def data_sheet(gpu: str, memory: float) -> ClusterConfig:
+    """Return the recipe that a GPU's name means by one of its words. memory: GiB of the GPU.
+
+    Raises ConfigError where there is none, and for another make of a GPU: a card, or one with more or less memory.
+    """
+    words = set(re.split(r"[^A-Z0-9]+", gpu.upper()))
+    found = next((load_cluster([f"cluster={name}"]) for name in recipes() if name.upper() in words), None)
+    if found is None:
+        message = f"no cluster has a {gpu}"
+    elif words & CARDS:
+        message = f"{gpu} is a card, and the recipe's data sheet is of an {found.gpu} on a board"
+    elif abs(memory / found.memory - 1) > ALIKE:
+        message = f"{gpu} has {memory:.1f} GiB, and the recipe's {found.gpu} has {found.memory:g}"
+    else:
+        return found
+    fix = f"give the one whose data sheet is nearest as --base; there are: {', '.join(options())}"
+    raise ConfigError([Problem("--base", message, fix)])
+
+
+def _processor() -> ClusterConfig:
+    """Return the cluster of this machine's processor, whose figures are measured afterwards."""
     cluster = load_cluster(["cluster=h100"])
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     return replace(cluster, gpu="processor", memory=memory, host_memory=memory, link=5.0, price=None)
 
 

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from meshloom.config.problems import Problem
+from meshloom.config.problems import ConfigError, Problem
+from meshloom.launch.calibrate import data_sheet
 from meshloom.launch.cli import main
 from meshloom.launch.plan_best import best_layouts, reasons
 from meshloom.launch.plan_cluster import split_words
 from meshloom.launch.planning import resolve_plan
+from meshloom.planner.cluster import load_cluster
 from meshloom.planner.prediction import usable_bytes
 from meshloom.planner.search import search
 from meshloom.trainer.typed import plain_config
@@ -158,6 +160,36 @@ def test_a_large_plan_imports_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stderr.split() == ["0", "False"] and len(json.loads(done.stdout)["best"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("gpu", "memory", "cluster"),
+    [
+        ("NVIDIA H200", 139.8, "h200"),
+        ("NVIDIA H100 80GB HBM3", 79.2, "h100"),
+        ("NVIDIA A100-SXM4-80GB", 79.3, "a100"),
+        ("AMD Instinct MI250X / MI250", 64.0, "mi250x"),
+    ],
+)
+def test_calibrate_knows_a_gpu_by_a_word_of_its_name(gpu: str, memory: float, cluster: str) -> None:
+    assert data_sheet(gpu, memory) == load_cluster([f"cluster={cluster}"])
+
+
+@pytest.mark.parametrize(
+    ("gpu", "memory"),
+    [
+        ("NVIDIA GH200 480GB", 95.0),
+        ("NVIDIA GB200", 184.0),
+        ("NVIDIA A100-SXM4-40GB", 39.4),
+        ("NVIDIA H100 NVL", 93.1),
+        ("NVIDIA H100 PCIe", 79.2),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9.5),
+    ],
+)
+def test_calibrate_asks_for_the_data_sheet_of_another_gpu(gpu: str, memory: float) -> None:
+    with pytest.raises(ConfigError, match="as --base") as refused:
+        data_sheet(gpu, memory)
+    assert gpu in str(refused.value)
 
 
 def test_a_processor_can_be_calibrated(
