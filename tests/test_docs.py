@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from omegaconf import DictConfig
 from meshloom.config.keys import keys_of
 from meshloom.config.overrides import OPEN_NODES
 from meshloom.launch.cli import COMMANDS
+from meshloom.models.costs import parameter_count
 from meshloom.planner.cluster import is_cluster_word, load_cluster
+from meshloom.trainer.resolve import compose_config
 from meshloom.trainer.run import run
 from meshloom.trainer.schema import OPTIONS, make_composer
 from support.configs import resolve_words
@@ -25,6 +28,7 @@ from support.tiny_run import TINY
 
 FILE = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|md|yaml|sh|sbatch|toml)|(?:[\w-]+/)+")
 THE_USERS = ("my/", "mine/", "outputs/")  # folders that the examples make
+UNITS = {"B": 1e9, "M": 1e6}
 KEYS = {"launch.sbatch"}  # that look like files
 
 
@@ -142,6 +146,35 @@ def test_keys_that_are_named_exist(document: Path) -> None:
     named = {key for key in keys if key.partition(".")[0] in groups and not FILE.fullmatch(key)}
     absent = {key for key in named if key not in known and not key.startswith(OPEN_NODES)}
     assert absent == set()
+
+
+COUNT = re.compile(
+    r"([\d.]+) ([BM]) parameters(?:[^,:]*, (?:of which a token passes )?([\d.]+) ([BM])( without the embedding| active|))?"
+)
+"""Parameters, and those that are active, as texts tell them."""
+
+
+def told_counts(name: str, text: str) -> list[tuple[str, str]]:
+    """Pair the counts of parameters that a text tells of a model with those that its config has. name: its word."""
+    found = COUNT.search(text)
+    if found is None:
+        return []
+    model = compose_config(["recipe=quickstart", name])[0]
+    shape = replace(model.model.decoder(), vocabulary=model.model.vocabulary or model.data.known_vocabulary)
+    whole, unit, active, its_unit, which = found.groups()
+    counts = [(whole, unit, parameter_count(shape))]
+    if active:
+        counts.append((active, its_unit, parameter_count(shape, active=True, embedding="without" not in which)))
+    return [(told, f"{count / UNITS[unit]:.{len(told.partition('.')[2])}f}") for told, unit, count in counts]
+
+
+def test_counts_of_parameters_are_those_of_the_models() -> None:
+    recipes = {f"model={file.stem}": file.read_text().partition("\ndim")[0] for file in (ROOT / "recipes/model").glob("*.yaml")}
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    readme = {f"recipe={name}": text for name, text in rows}
+    counts = {word: told_counts(word, text) for word, text in {**recipes, **readme}.items()}
+    assert sum(map(bool, counts.values())) > 30 and sum(len(each) == 2 for each in counts.values()) > 8
+    assert [(word, *pair) for word, found in counts.items() for pair in found if pair[0] != pair[1]] == []
 
 
 def test_the_readme_lists_every_extra() -> None:
