@@ -181,7 +181,7 @@ class Composer:
                 yield override
                 continue
             if (extra := EXTRAS.get(str(value).partition("_")[0])) and group == LAUNCHERS:
-                problems.append(Problem(group, f"'{value}' is not installed", f"pip install 'meshloom[{extra}]'"))
+                problems.append(Problem(group, f"'{value}' is not installed", f"pip install 'meshloom[{extra}]'", lacks=extra))
                 continue
             near = difflib.get_close_matches(str(value), options, 1)
             hint = f"did you mean {group}={near[0]}? " if near else ""

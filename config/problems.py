@@ -13,12 +13,14 @@ class Problem:
     """A problem that the user must fix: the config key, what is wrong with it, and a fix.
 
     unless  other keys that would mend it: it is not reported where one of them has a problem of its own
+    lacks   the package that is not installed here, if that is the problem: other machines may have it
     """
 
     key: str
     message: str
     fix: str = ""
     unless: tuple[str, ...] = ()
+    lacks: str = ""
 
     def __str__(self) -> str:
         named = self.message if self.message.startswith(self.key) else f"{self.key}: {self.message}"

@@ -66,7 +66,7 @@ def missing_extra(module: str, extra: str, key: str, purpose: str) -> list[Probl
     """Return the problem of an optional library that is not installed, if it is not."""
     if find_spec(module) is not None:
         return []
-    return [Problem(key, f"{purpose} needs {module}, which is not installed", f"pip install 'meshloom[{extra}]'")]
+    return [Problem(key, f"{purpose} needs {module}, which is not installed", f"pip install 'meshloom[{extra}]'", lacks=module)]
 
 
 def compression(path: Path) -> str | None:

@@ -19,7 +19,7 @@ from ..config.problems import ConfigError, Problem
 from ..planner.calibration import as_yaml, block_errors, calibrated
 from ..planner.cluster import GIB, ClusterConfig, load_cluster, options, profile_folder, recipes
 from ..trainer.launching import under_torchrun, visible_gpus
-from .switches import BAD_CONFIG
+from .exit_codes import BAD_CONFIG
 
 CARDS = {"PCIE", "NVL"}
 """Words of the names of cards. The recipes are of GPUs on boards, which have faster memory and links."""

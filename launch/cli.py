@@ -15,6 +15,9 @@ from collections.abc import Sequence
 # At its end Python looks through all objects once more; PyTorch's take it seconds.
 atexit.register(gc.freeze)
 
+BAD_USAGE = 2
+"""Exit code for no command, or an unknown one, as parsers of a command's own options have it."""
+
 # name → (module with `main(argv) -> int`, what it does)
 COMMANDS = {
     "train": ("train", "train a model; `meshloom train --help` lists recipes and keys"),
@@ -75,7 +78,7 @@ def _reader_has_left() -> bool:
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
-        return 0 if arguments else 2
+        return 0 if arguments else BAD_USAGE
     name, rest = arguments[0], arguments[1:]
     if name == "--version":
         from .. import __version__
@@ -86,7 +89,7 @@ def _run(arguments: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(COMMANDS)}"
         print(f"meshloom has no command '{name}'; {hint}", file=sys.stderr)
-        return 2
+        return BAD_USAGE
     if name == "train":  # its module imports Hydra, which the help does without
         from .train_help import usage as train_usage
         from .train_help import wants_help

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..config.problems import ConfigError, Problem
 from ..config.words import counted
 from .arguments import describe, parse
+from .exit_codes import BAD_CONFIG
 
 _LOOKED_AT = 256  # files whose contents tell the kind of all
 
@@ -206,7 +207,7 @@ def main(argv: Sequence[str]) -> int:
             lines = describe_shards(tokenize(parse(TokenizeArguments, argv[1:])))
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return 2
+        return BAD_CONFIG
     except (ValueError, OSError) as error:
         print(f"meshloom data {argv[0]}: {error}", file=sys.stderr)
         return 1

@@ -21,7 +21,8 @@ from ..config.overrides import quoted
 from ..config.per_host import share_on_host
 from ..config.problems import ConfigError, Problem
 from ..trainer.launching import run_processes, under_torchrun
-from .switches import BAD_CONFIG, read_switches, refuse
+from .exit_codes import BAD_CONFIG
+from .switches import read_switches, refuse
 
 if TYPE_CHECKING:
     from ..trainer.resolve import ResolvedRun

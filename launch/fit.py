@@ -19,6 +19,7 @@ from typing import Any
 from ..config.problems import ConfigError
 from ..config.words import counted
 from ..optim.scaling.fitting import PowerLaw
+from .exit_codes import BAD_CONFIG
 from .fit_runs import UNITS, FinishedRun, Fits, fit_all, read_runs
 
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         fits = fit_all(runs)
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return 2
+        return BAD_CONFIG
     except ModuleNotFoundError as error:
         print(f"meshloom fit: {error}", file=sys.stderr)
         return 1

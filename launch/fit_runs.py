@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,11 @@ from ..config.problems import ConfigError, Problem
 from ..config.words import counted
 from ..optim.scaling import fitting
 from ..optim.scaling.fitting import CriticalFit, LossFit, Optimum, PowerLaw
+from ..trainer.identity import METRICS
 from ..trainer.schema import RunConfig
 from ..trainer.sides import key_sides
 from ..trainer.typed import plain_config, typed_config
+from .run_metrics import Metrics
 
 NAMES = {"N": "parameters", "D": "tokens", "B": "batch"}
 UNITS = "N: parameters without embedding and head; D, B: tokens; L: nats per token"
@@ -137,11 +138,11 @@ def _read(folder: Path) -> FinishedRun:
     run, untyped = typed_config(config)
     if untyped:
         raise ConfigError(untyped)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = Metrics.read(folder / METRICS).rows
     steps = [row for row in rows if "loss" in row and "batch_samples" in row]
     evaluations = [row for row in rows if "eval_loss" in row]
     if not steps:
-        raise ValueError("metrics.jsonl has no steps")
+        raise ValueError(f"{METRICS} has no steps")
     last = max(steps + evaluations, key=lambda row: row["step"])  # with logging.every=10 the last step may have no row
     unit = "tokens" if config.trainer.steps is None else "steps"
     length, reached = config.trainer[unit], last["tokens" if config.trainer.steps is None else "step"]

@@ -22,6 +22,7 @@ from ..optim.scaling.laws import Law, LossLaw, MuP
 from ..trainer.schema import make_composer
 from ..trainer.typed import typed_config
 from .arguments import describe, parse
+from .exit_codes import BAD_CONFIG
 
 
 @dataclass
@@ -106,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
         found = recommend(arguments)
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return 2
+        return BAD_CONFIG
     show(found, arguments, Console(soft_wrap=True))
     return 0
 

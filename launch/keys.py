@@ -18,6 +18,7 @@ from typing import Any
 from ..config.keys import MISSING
 from ..config.problems import ConfigError, Problem
 from ..trainer.schema import OPTIONS, GroupKey, group_keys, groups
+from .exit_codes import BAD_CONFIG
 
 HYDRAS = ("_target_", "_recursive_", "name")
 """Keys of every option: described in `INTRODUCTION`, and listed only when asked for by name."""
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         found = matching(arguments.key)
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return 2
+        return BAD_CONFIG
     print(markdown(found) if arguments.markdown else "\n\n".join(_entry(one) for one in found))
     return 0
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 from ..config.problems import ConfigError, Problem
 from ..planner.cluster import ClusterConfig, options
 from ..trainer.resolve import ResolvedRun
+from .exit_codes import BAD_CONFIG
 from .plan_cluster import refuse_too_few, split_words
 from .plan_documents import mean_length, read_documents, step_documents
 from .planning import resolve_plan, without_searched
-from .switches import BAD_CONFIG
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -32,8 +32,8 @@ from ..trainer.resolve import ResolvedRun
 from ..trainer.schema import RunConfig
 from ..trainer.typed import replace_keys, value_of
 from ..trainer.validate import checked_config
-from .planning import is_of_this_machine, needs_building, time_caveats, unplanned_problems
-from .typed_words import given_keys, micro_is_fixed
+from .planning import needs_building, time_caveats, unplanned_problems
+from .typed_words import changed_words, given_keys, micro_is_fixed
 
 KEEPS = {"none": "keep all", "full": "recompute all"}
 """Activation policy → words for it in a table."""
@@ -53,11 +53,7 @@ class Best:
 
     def changes(self, candidate: Candidate) -> list[str]:
         """Return the overrides that turn the run as written into a candidate."""
-        return [
-            f"{key}={'null' if value is None else value}"
-            for key, value in candidate.settings.items()
-            if value != self.given[key]
-        ]
+        return changed_words(candidate.settings, self.given)
 
 
 def best_layouts(
@@ -165,7 +161,7 @@ def _refusals(config: RunConfig, candidate: Candidate) -> list[Problem]:
     if changed.trainer.activation_budget is not None and changed.trainer.activation != "none":
         changed = replace_keys(changed, {"trainer.activation_budget": None})
     _, problems = checked_config(changed, planned_processes(config.launch), elsewhere=[], builds=needs_building)
-    return [problem for problem in problems if not is_of_this_machine(problem)]
+    return [problem for problem in problems if not problem.lacks]
 
 
 def _in_the_way(question: Question, least: Candidate | None) -> Problem:

@@ -99,14 +99,9 @@ def resolve_plan(overrides: Sequence[str], config_dir: str | None = None, cluste
         machine=planned_machine if cluster is None else lambda _: cluster,
     )
     resolved = resolve(overrides, options, config_dir)
-    here = [problem for problem in resolved.problems if is_of_this_machine(problem)]
+    here = [problem for problem in resolved.problems if problem.lacks]
     others = tuple(problem for problem in resolved.problems if problem not in here)
     return replace(resolved, problems=others, notices=(*resolved.notices, *map(str, here)))
-
-
-def is_of_this_machine(problem: Problem) -> bool:
-    """Return whether a problem is a package that is missing here: the run may be on other machines."""
-    return problem.message.endswith("is not installed")
 
 
 def is_searched(problem: Problem, typed: set[str]) -> bool:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from ..config.per_host import share_on_host
 from ..config.problems import ConfigError
+from .exit_codes import BAD_CONFIG
 from .forked import DIES_WITH_PARENT, end_with_parent
 from .once import OncePerNode, hook_failure, is_first
-from .switches import BAD_CONFIG, read_switches, refuse
+from .switches import read_switches, refuse
 
 if TYPE_CHECKING:
     from ..trainer.resolve import ResolvedRun

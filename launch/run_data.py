@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..config.overrides import quoted
 from ..config.problems import ConfigError, Problem
+from .exit_codes import BAD_CONFIG
 from .switches import read_switches
 
 if TYPE_CHECKING:
@@ -115,14 +115,13 @@ def run_view(
     try:
         own, rest = parser.parse_known_args(list(words))
         view(own, read_run(rest))
-        sys.stdout.flush()
-    except BrokenPipeError:  # of `| head`: nobody reads the rest, nor what the interpreter would flush at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return 2
+        return BAD_CONFIG
     except SystemExit as ended:  # of argparse: help, or a bad option
         return int(ended.code or 0)
+    except BrokenPipeError:  # of `| head`, which the command line knows
+        raise
     except (CheckpointError, ShardError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1

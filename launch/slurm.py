@@ -19,6 +19,7 @@ from ..config.sweeps import job_folder, without_output_dir
 from ..trainer.launching import ContainerConfig
 from ..trainer.resolve import ResolveOptions, resolve
 from ..trainer.schema import RunConfig, make_composer
+from .exit_codes import BAD_CONFIG
 from .nodes.part import overlaid
 from .nodes.placement import place
 from .sbatch_directives import directive_problems, directives
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         print(write(arguments.overrides, arguments.config_dir), end="")
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return 2
+        return BAD_CONFIG
     return 0
 
 

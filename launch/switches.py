@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 from ..config.overrides import normalize_override
 from ..config.problems import ConfigError, Problem
-
-BAD_CONFIG = 2
+from .exit_codes import BAD_CONFIG
 
 
 def read_switches(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

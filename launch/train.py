@@ -27,12 +27,13 @@ from ..trainer.machine_gpus import machine_here
 from ..trainer.resolve import ResolvedRun, ResolveOptions, resolve, resolve_composed
 from ..trainer.schema import RunConfig, make_composer, register_schemas
 from ..trainer.signals import INTERRUPTED, StopRequest, show_cursor
+from .exit_codes import BAD_CONFIG
 from .newest_step import write_newest_step
 from .nodes.part import Part, Rules
 from .nodes.placement import place
 from .nodes.refusals import write_refusal
 from .rank import run_here
-from .switches import BAD_CONFIG, read_switches, refuse
+from .switches import read_switches, refuse
 from .torchrun import RANK, PreparedAgent, TorchRun, say_starting, with_share
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from ..config.problems import ConfigError, Problem
 from ..trainer.launching import planned_processes
 from ..trainer.resolve import compose_config
 from ..trainer.validate import run_problems
+from .exit_codes import BAD_CONFIG
 from .plan_cluster import split_words
-from .switches import BAD_CONFIG
 from .tuned_keys import KEYS
 
 

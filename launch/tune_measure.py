@@ -30,6 +30,7 @@ from ..models.costs import flops_per_token
 from ..planner.tables import gib, right
 from ..trainer.launching import gpu_count, run_processes
 from ..trainer.schema import RunConfig, make_composer
+from .exit_codes import BAD_CONFIG
 from .run_metrics import steps_of
 from .tune_search import Candidate, Tuned, described
 from .typed_words import given_keys
@@ -236,7 +237,7 @@ def reason(log: str, code: int) -> str:
         return f"out of memory ({memory[1][0].lower()}{memory[1][1:]})"
     lines = [re.sub(r"^\[?rank ?\d+\]?: ?", "", line.rstrip()) for line in log.splitlines()]
     refused = [line.strip(" -") for line in lines if line.startswith("  - ")]
-    if code == 2 and refused:
+    if code == BAD_CONFIG and refused:
         return f"refused: {refused[0]}"
     errors = [
         line for line in lines if re.match(r"(\w+\.)*\w+(Error|Exception|Diverged)\b", line) and "ChildFailed" not in line

@@ -21,6 +21,7 @@ from ..trainer.launching import planned_processes
 from ..trainer.relations import Start
 from ..trainer.resolve import compose_config
 from ..trainer.schema import RunConfig
+from ..trainer.stages.written import written_value
 from ..trainer.typed import replace_keys, value_of
 from ..trainer.validate import run_problems
 from .plan_cluster import predict
@@ -28,7 +29,7 @@ from .plan_documents import step_documents
 from .planning import Plan, checked_plan
 from .shortages import shortages
 from .tuned_keys import BUDGET, HYBRID_KEYS, KEYS
-from .typed_words import given_keys, micro_is_fixed
+from .typed_words import changed_words, given_keys, micro_is_fixed
 
 ALIKE = 0.01
 """Predictions that differ by less say nothing about which is faster: steps of one and the same run differ by more."""
@@ -95,7 +96,7 @@ class Tuned:
 
     def changes(self, candidate: Candidate) -> list[str]:
         """Return the overrides that turn the given run into this candidate."""
-        return [f"{key}={written(value)}" for key, value in candidate.settings.items() if value != self.given[key]]
+        return changed_words(candidate.settings, self.given)
 
 
 def _nobody_knows() -> str:
@@ -334,11 +335,6 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // size for size in small)})
 
 
-def written(value: object) -> str:
-    """Format a value as an override."""
-    return "null" if value is None else str(value)
-
-
 def described(settings: Settings) -> str:
     """Format settings in one line, as overrides; a budget only where there is one."""
-    return " ".join(f"{key}={value}" for key, value in settings.items() if value is not None)
+    return " ".join(f"{key}={written_value(value)}" for key, value in settings.items() if value is not None)

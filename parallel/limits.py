@@ -17,7 +17,7 @@ def engine_problems(parallel: ParallelConfig, *, precision: str, world_size: int
     problems = deepspeed_problems(parallel, precision, world_size)
     if importlib.util.find_spec("deepspeed") is None:
         fix = "pip install 'meshloom[deepspeed]', or use parallel.engine=torch"
-        problems.append(Problem("parallel.engine", "DeepSpeed is not installed", fix))
+        problems.append(Problem("parallel.engine", "DeepSpeed is not installed", fix, lacks="deepspeed"))
     return problems
 
 
@@ -37,7 +37,7 @@ def float8_problems(float8: str, parallel: ParallelConfig, precision: str) -> It
     """Yield why `trainer.float8` can't be used here. float8: not none."""
     yield from float8_layout_problems(parallel, precision)
     if importlib.util.find_spec("torchao") is None:
-        yield Problem("trainer.float8", "torchao is not installed", "pip install 'meshloom[float8]'")
+        yield Problem("trainer.float8", "torchao is not installed", "pip install 'meshloom[float8]'", lacks="torchao")
 
 
 def float8_layout_problems(parallel: ParallelConfig, precision: str) -> Iterator[Problem]:

@@ -14,7 +14,7 @@ from ...trainer.resolve import ResolvedRun, ResolveOptions, resolve
 from ...trainer.schema import RunConfig
 from ...trainer.sides import key_sides
 from ...trainer.typed import value_of
-from ..typed_words import given_keys
+from ..typed_words import changed_words, given_keys
 from .part import overlaid
 
 LAYOUT = re.compile(r"\+{0,2}(parallel\.(tp|pp|cp|ep|replicate|zero|schedule|stage\w+)|batch\.micro|trainer\.activation)=")
@@ -79,9 +79,8 @@ def _plan(
         run = _resolved_on(number, overlaid(free, [*alone, *machines]), config_dir, options, typed.config.launch)
         run.refuse()
         best = best_layouts(run, free, planned_machine(run.config), 1)
-        settings = best.candidates[0].settings.items()
-        changed = [(key, value) for key, value in settings if value != value_of(typed.config, key)]
-        words = [f"{key}={'null' if value is None else value}" for key, value in changed]
+        settings = best.candidates[0].settings
+        words = changed_words(settings, {key: value_of(typed.config, key) for key in settings})
         _resolved_on(number, overlaid(overrides, words), config_dir, options, typed.config.launch).refuse()
     except ConfigError as error:
         found.notices.append(f"with {counted(number, 'machine')} no layout was found ({why}; planned: {error.problems[0]})")

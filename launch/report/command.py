@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ...config.problems import ConfigError
 from ...config.words import counted
-from ..switches import BAD_CONFIG
+from ..exit_codes import BAD_CONFIG
 
 PAGE = "report.html"
 

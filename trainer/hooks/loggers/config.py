@@ -35,7 +35,12 @@ class LoggingConfig:
     def problems(self, key: str = "logging") -> list[Problem]:
         """Return the problems of the values, and of loggers whose library is not installed."""
         found = [
-            Problem(f"{key}.{name}", f"{name} is not installed", f"pip install 'meshloom[{name}]', or {key}.{name}=false")
+            Problem(
+                f"{key}.{name}",
+                f"{name} is not installed",
+                f"pip install 'meshloom[{name}]', or {key}.{name}=false",
+                lacks=name,
+            )
             for name in ("wandb", "tensorboard")
             if getattr(self, name) and importlib.util.find_spec(name) is None
         ]
