@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,8 +16,10 @@ from ..checkpoint.errors import CheckpointError
 from ..config.problems import ConfigError, Problem
 from ..config.words import counted
 from .exit_codes import BAD_CONFIG
+from .progress import progress
 
 if TYPE_CHECKING:
+    from ..checkpoint.files import Files
     from ..models.mixture.config import ExpertsConfig
 
 
@@ -156,17 +159,31 @@ def _verify(arguments: argparse.Namespace) -> int:
     bad = 0
     for files in step_folders(arguments.path):
         start, blocks, count, faults = time.perf_counter(), 0, 0, 0
-        for found in verify(files):
-            if isinstance(found, int):
-                blocks, count = blocks + 1, count + found
-            else:
-                faults += 1
-                print(f"DAMAGED {found}")
+        total = _stored_bytes(files)
+        with progress(f"verifying {files.label()}") as advance:
+            for found in verify(files):
+                if isinstance(found, int):
+                    blocks, count = blocks + 1, count + found
+                    advance(count, total)
+                else:
+                    faults += 1
+                    print(f"DAMAGED {found}")
         took = time.perf_counter() - start
         verdict = f"{faults} faults" if faults else "every block is as written"
         print(f"{files.label()}: {blocks} blocks, {_size(count)} good in {took:.1f} s; {verdict}")
         bad += faults
     return 1 if bad else 0
+
+
+def _stored_bytes(files: Files) -> int:
+    """Return the bytes that the manifest of a step counts; 0 for one that can't be read."""
+    from ..checkpoint.errors import DamageError
+    from ..checkpoint.folder import open_manifest
+
+    try:
+        return sum(file.bytes for file in open_manifest(files).files)
+    except DamageError:
+        return 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:
@@ -235,16 +252,26 @@ def _export(arguments: argparse.Namespace) -> int:
         raise CheckpointError("--family goes with --format hf")
     if arguments.dtype is not None and arguments.format == "universal":
         raise CheckpointError("--dtype does not go with --format universal, which holds fp32 alone")
-    if arguments.format == "universal":
-        folder = export_universal(files, arguments.output)
-    elif arguments.format == "deepspeed":
-        folder = export_ranks(files, arguments.output, stage=zero, ranks=ranks, dtype=arguments.dtype)
-    else:
-        size = SHARD_BYTES if arguments.shard_size is None else _bytes(arguments.shard_size)
-        options: dict[str, Any] = {"dtype": arguments.dtype, "tokenizer": arguments.tokenizer, "family": arguments.family}
-        folder = export(files, arguments.output, **options, shard_bytes=size)
+    with _shown(f"writing {arguments.output}"):
+        if arguments.format == "universal":
+            folder = export_universal(files, arguments.output)
+        elif arguments.format == "deepspeed":
+            folder = export_ranks(files, arguments.output, stage=zero, ranks=ranks, dtype=arguments.dtype)
+        else:
+            size = SHARD_BYTES if arguments.shard_size is None else _bytes(arguments.shard_size)
+            options: dict[str, Any] = {"dtype": arguments.dtype, "tokenizer": arguments.tokenizer, "family": arguments.family}
+            folder = export(files, arguments.output, **options, shard_bytes=size)
     print(f"{files.label()} → {folder}")
     return 0
+
+
+@contextlib.contextmanager
+def _shown(title: str) -> Generator[None]:
+    """Show how far the conversion within the block has come."""
+    from ..checkpoint.convert.progress import listening
+
+    with progress(title) as advance, listening(advance):
+        yield
 
 
 def _bytes(written: str) -> int:
@@ -262,7 +289,9 @@ _UNITS = (("", 1000), ("i", 1024))
 def _import(arguments: argparse.Namespace) -> int:
     from ..checkpoint.convert.detect import bring_in
 
-    print(f"{arguments.source} → {bring_in(arguments.source, arguments.output, arguments.format, arguments.tokenizer)}")
+    with _shown(f"writing {arguments.output}"):
+        made = bring_in(arguments.source, arguments.output, arguments.format, arguments.tokenizer)
+    print(f"{arguments.source} → {made}")
     return 0
 
 
@@ -281,7 +310,8 @@ def _average(arguments: argparse.Namespace) -> int:
                 f"--last {arguments.last}: the run has {counted(len(there), 'complete step')}, and two are needed"
             )
         steps = there[: arguments.last]
-    made = average(steps, arguments.output, arguments.weights)
+    with _shown(f"writing {arguments.output}"):
+        made = average(steps, arguments.output, arguments.weights)
     print(f"{', '.join(files.label() for files in steps)} → {made}")
     return 0
 
@@ -292,7 +322,8 @@ def _upcycle(arguments: argparse.Namespace) -> int:
 
     experts = _experts(arguments.experts)
     files = step_folders(arguments.source)[0]
-    made = upcycle(files, arguments.output, experts, noise=arguments.noise, seed=arguments.seed)
+    with _shown(f"writing {arguments.output}"):
+        made = upcycle(files, arguments.output, experts, noise=arguments.noise, seed=arguments.seed)
     print(f"{files.label()} → {made}")
     return 0
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..config.problems import ConfigError, Problem
 from .arguments import describe, parse
+from .exit_codes import BAD_CONFIG
+from .progress import progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -169,7 +171,7 @@ def main(argv: Sequence[str]) -> int:
             return 1
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return 2
+        return BAD_CONFIG
     return 0
 
 
@@ -181,11 +183,12 @@ def _continue(arguments: GenerateArguments) -> None:
     found = speaker.answer(prompts, arguments.samples)
     numbered = [(prompt, sample) for prompt in prompts for sample in range(1, arguments.samples + 1)]
     if arguments.output is not None:
-        with Path(arguments.output).open("w", encoding="utf-8") as file:
-            for (prompt, sample), text in zip(numbered, found, strict=True):
+        with Path(arguments.output).open("w", encoding="utf-8") as file, progress("generating") as advance:
+            for number, ((prompt, sample), text) in enumerate(zip(numbered, found, strict=True), 1):
                 count = len(text.tokens) - text.start
                 line = {"prompt": prompt.text, "sample": sample, "text": text.text, "tokens": count, "ended": text.ended}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                advance(number, len(numbered))
         return
     for at, ((prompt, sample), text) in enumerate(zip(numbered, found, strict=True)):
         if len(numbered) > 1:

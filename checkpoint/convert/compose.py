@@ -23,6 +23,7 @@ from ..planning.plan import SavePlan, lay_out
 from ..saving.commit import new_token, open_target
 from ..stored_file import StoredFile, data_file_names
 from ..writing.disk import sync_folder, write_small
+from .progress import tell
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,14 @@ def compose(
             output = _Output(place / name)
             try:
                 output.write(memoryview(layout.header))
-                current, values = -1, torch.empty(0)
+                current, values, done = -1, torch.empty(0), len(layout.header)
                 for placed in layout.placed:
                     if placed.source != current:
                         current, values = placed.source, _checked(sources[placed.source])
-                    output.write(bytes_of(in_panels(values[placed.box.slices(sources[current].region.offsets)], placed.panels)))
+                    part = bytes_of(in_panels(values[placed.box.slices(sources[current].region.offsets)], placed.panels))
+                    output.write(part)
+                    done += part.nbytes
+                    tell(done, layout.bytes)
                 output.finish()
             finally:
                 output.close()

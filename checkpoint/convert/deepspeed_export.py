@@ -28,6 +28,7 @@ from ..files import Files
 from ..folder import open_step
 from ..manifest import Manifest
 from ..reading.reader import Reader
+from .progress import tell
 from .whole import write_whole
 
 VERSION = "0.19.8"  # of DeepSpeed, whose format this is
@@ -205,6 +206,7 @@ def export_ranks(files: Files, folder: Path, *, stage: int, ranks: int, dtype: s
                 }
             name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
             _save(tag / name, {"optimizer_state_dict": content, "ds_version": VERSION})
+            tell(rank + 1, ranks)
 
     return _new_folder(folder, f"global_step{contents.manifest.step}", "latest", write)
 
@@ -219,12 +221,13 @@ def export_universal(files: Files, folder: Path) -> Path:
     groups = contents.param_groups([[number] for number in range(len(contents.groups))])
 
     def write(tag: Path) -> None:
-        for name in contents.names:
+        for number, name in enumerate(contents.names, 1):
             place = tag / "zero" / name
             place.mkdir(parents=True)
             for role, theirs in ROLES.items():
                 _save(place / f"{theirs}.pt", {"param": contents.whole(role, name), "cat_dim": 0})
             _save(place / "step.pt", contents.updates)
+            tell(number, len(contents.names))
         # Stages 1 and 2 read the groups at the top; stage 3 below, with the step.
         below = {"state": {0: {"step": contents.updates}}, "param_groups": groups}
         _save(tag / "zero/optimizer_state.pt", {"param_groups": groups, "optimizer_state_dict": below, "ds_version": VERSION})

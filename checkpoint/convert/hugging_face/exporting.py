@@ -25,6 +25,7 @@ from ...manifest import ITEM_BYTES, Manifest, StoredArray
 from ...reading.compare import parts
 from ...reading.reader import Reader
 from ..companions import TOKENIZER
+from ..progress import tell
 from ..whole import write_whole
 from .folder import known_families
 from .headers import INDEX, SINGLE
@@ -149,7 +150,7 @@ def _write_shards(files: Files, manifest: Manifest, folder: Path, tensors: list[
         shards[-1].append(tensor)
         filled += tensor.bytes
     index: dict[str, str] = {}
-    reader = Reader(files, manifest)
+    reader, total, done = Reader(files, manifest), sum(tensor.bytes for tensor in tensors), 0
     for number, shard in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -164,9 +165,9 @@ def _write_shards(files: Files, manifest: Manifest, folder: Path, tensors: list[
         with (folder / name).open("wb") as output:
             output.write(len(text).to_bytes(8, "little") + text)
             for values in (values for tensor in shard for values in _values(reader, tensor)):
-                output.write(bytes_of(values))
+                done += output.write(bytes_of(values))
+                tell(done, total)
     if len(shards) > 1:
-        total = sum(tensor.bytes for tensor in tensors)
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n")
 
 

@@ -1,0 +1,28 @@
+"""How far a conversion has come, told to the command that shows it. Without a listener nothing is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+Listener = Callable[[int, int], None]
+"""(done, of all, in one unit) → None."""
+
+_listener: ContextVar[Listener | None] = ContextVar("conversion_listener", default=None)
+
+
+@contextmanager
+def listening(listener: Listener) -> Generator[None]:
+    """Tell this listener how far conversions within the block come."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def tell(done: int, total: int) -> None:
+    """Tell the listener, if there is one, that so much of all is done."""
+    if (listener := _listener.get()) is not None:
+        listener(done, total)
