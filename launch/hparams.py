@@ -6,7 +6,7 @@ import argparse
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rich.console import Console
@@ -19,7 +19,7 @@ from ..config.problems import ConfigError, Problem
 from ..models.costs import parameter_count
 from ..optim.scaling import laws
 from ..optim.scaling.laws import Law, LossLaw, MuP
-from ..trainer.schema import make_composer
+from ..trainer.schema import RunConfig, make_composer
 from ..trainer.typed import typed_config
 from .arguments import describe, parse
 from .exit_codes import BAD_CONFIG
@@ -114,51 +114,20 @@ def main(argv: Sequence[str]) -> int:
 
 def recommend(arguments: HparamsArguments) -> Recommendation:
     """Evaluate every law. Raises ConfigError for an unknown recipe or model, or a missing length."""
-    problems: list[Problem] = []
-    tokens = _tokens(arguments.tokens, problems)
-    for key in ("seq_len", "batch", "loss", "multiple", "mup_base"):
-        value = getattr(arguments, key)
-        if value is not None and not 0 < value < math.inf:
-            problems.append(Problem(key, f"{value} is not positive", "use a number above 0"))
-    composer = make_composer(arguments.config_dir)
-    base = _base(arguments, composer)
-    composition = composer.compose(base)
-    config, untyped = typed_config(composition.config)
-    unreadable = [*composition.problems, *untyped]
-    problems += unreadable
-    shape = None if unreadable else config.model.decoder()
-    if shape is None and not unreadable:
-        problems.append(Problem("model", "the laws are about Llama-like models", "name one that has model.dim"))
-    if problems or shape is None:
-        raise ConfigError(problems)
     from ..trainer.automatic import hidden_parameters
 
-    hidden = hidden_parameters(config)
+    base, tokens, config = _read(arguments)
+    shape = config.model.decoder()
+    assert shape is not None, "of a config that was read"
     sized = replace(shape, vocabulary=shape.vocabulary or config.data.known_vocabulary or 1)
-    total = parameter_count(sized)
+    hidden, total, micro = hidden_parameters(config), parameter_count(sized), config.batch.micro
     seq_len = arguments.seq_len or config.data.seq_len
-    micro = config.batch.micro
     multiple = arguments.multiple or math.lcm(8, micro if isinstance(micro, int) else 1)
-    loss = arguments.loss or laws.chinchilla_loss(total, tokens)
     step_batch = laws.automatic_batch("step_law", tokens, seq_len, multiple)
-    batch = arguments.batch or step_batch
-    step_lr = laws.step_law_lr(hidden, tokens)
-    power_lr = laws.power_law_lr(batch * seq_len, tokens)
-    batch_law, critical = laws.step_law_batch(tokens), laws.critical_batch(loss)
-    at_batch = LossLaw().loss(hidden, tokens / (batch * seq_len), batch * seq_len)
-    step = {"N": float(hidden), "D": tokens}
-    power = {"N": float(hidden), "D": tokens, "β": batch * seq_len / laws.REFERENCE_LENGTH}
-    rows = [
-        Row("learning rate", f"{step_lr:.3e}", laws.STEP_LR, step),
-        Row("batch", f"{_count(batch_law)} tokens\n{step_batch} sequences", laws.STEP_BATCH, step),
-        Row(f"learning rate\nat batch {batch}", f"{power_lr:.3e}", laws.POWER_LR, power),
-        Row("loss", f"{laws.chinchilla_loss(total, tokens):.3f}", laws.CHINCHILLA_LOSS, {"N": float(total), "D": tokens}),
-        Row(f"loss\nat batch {batch}", f"{at_batch:.3f}", laws.LOSS_AT_BATCH, {}),
-        Row(f"batch\nat loss {loss:.3f}", _batch(laws.minicpm_batch(loss), seq_len), laws.MINICPM_BATCH, {}),
-        Row(f"critical batch\nat loss {loss:.3f}", _batch(critical, seq_len), laws.CRITICAL_BATCH, {"L": loss}),
-    ]
-    length = ["trainer.steps=null", f"trainer.tokens={int(tokens)}", f"data.seq_len={seq_len}"]
+    batch, step_lr = arguments.batch or step_batch, laws.step_law_lr(hidden, tokens)
+    loss = arguments.loss or laws.chinchilla_loss(total, tokens)
     mup = MuP.of(shape.dim, arguments.mup_base)
+    length = ["trainer.steps=null", f"trainer.tokens={int(tokens)}", f"data.seq_len={seq_len}"]
     return Recommendation(
         base=base,
         setting=f"precision={config.precision} batch.micro={micro} data={config.data.name}",
@@ -166,7 +135,11 @@ def recommend(arguments: HparamsArguments) -> Recommendation:
         active=parameter_count(sized, active=True),
         hidden=hidden,
         tokens=tokens,
-        rows=rows,
+        rows=[
+            *_step_rows(hidden, tokens, step_batch),
+            *_rows_at_batch(hidden, tokens, seq_len, batch, chinchilla=total),
+            *_rows_at_loss(loss, seq_len),
+        ],
         mup=mup,
         step_overrides=[
             f"optim.lr={step_lr:.3e}",
@@ -186,6 +159,51 @@ def recommend(arguments: HparamsArguments) -> Recommendation:
             *length,
         ],
     )
+
+
+def _read(arguments: HparamsArguments) -> tuple[list[str], float, RunConfig]:
+    """Return the words that choose recipe and model, the run's tokens, and the config. Raises ConfigError with all problems."""
+    problems: list[Problem] = []
+    tokens = _tokens(arguments.tokens, problems)
+    for key in ("seq_len", "batch", "loss", "multiple", "mup_base"):
+        value = getattr(arguments, key)
+        if value is not None and not 0 < value < math.inf:
+            problems.append(Problem(key, f"{value} is not positive", "use a number above 0"))
+    composer = make_composer(arguments.config_dir)
+    base = _base(arguments, composer)
+    composition = composer.compose(base)
+    config, untyped = typed_config(composition.config)
+    unreadable = [*composition.problems, *untyped]
+    problems += unreadable
+    if not unreadable and config.model.decoder() is None:
+        problems.append(Problem("model", "the laws are about Llama-like models", "name one that has model.dim"))
+    if problems:
+        raise ConfigError(problems)
+    return base, tokens, config
+
+
+def _step_rows(hidden: int, tokens: float, batch: int) -> Iterator[Row]:
+    """Yield what the step law says. batch: its own, in whole sequences."""
+    inputs = {"N": float(hidden), "D": tokens}
+    yield Row("learning rate", f"{laws.step_law_lr(hidden, tokens):.3e}", laws.STEP_LR, inputs)
+    yield Row("batch", f"{_count(laws.step_law_batch(tokens))} tokens\n{batch} sequences", laws.STEP_BATCH, inputs)
+
+
+def _rows_at_batch(hidden: int, tokens: float, seq_len: int, batch: int, *, chinchilla: int) -> Iterator[Row]:
+    """Yield the power scheduler's rate and the losses. chinchilla: parameters as Chinchilla's law counts them, all."""
+    length = batch * seq_len
+    inputs = {"N": float(hidden), "D": tokens, "β": length / laws.REFERENCE_LENGTH}
+    yield Row(f"learning rate\nat batch {batch}", f"{laws.power_law_lr(length, tokens):.3e}", laws.POWER_LR, inputs)
+    reached = laws.chinchilla_loss(chinchilla, tokens)
+    yield Row("loss", f"{reached:.3f}", laws.CHINCHILLA_LOSS, {"N": float(chinchilla), "D": tokens})
+    at_batch = LossLaw().loss(hidden, tokens / length, length)
+    yield Row(f"loss\nat batch {batch}", f"{at_batch:.3f}", laws.LOSS_AT_BATCH, {})
+
+
+def _rows_at_loss(loss: float, seq_len: int) -> Iterator[Row]:
+    critical = laws.critical_batch(loss)
+    yield Row(f"batch\nat loss {loss:.3f}", _batch(laws.minicpm_batch(loss), seq_len), laws.MINICPM_BATCH, {})
+    yield Row(f"critical batch\nat loss {loss:.3f}", _batch(critical, seq_len), laws.CRITICAL_BATCH, {"L": loss})
 
 
 def _base(arguments: HparamsArguments, composer: Composer) -> list[str]:

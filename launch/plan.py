@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from .planning import resolve_plan, without_searched
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..planner.prediction import Prediction
     from ..trainer.schema import RunConfig
     from .planning import Plan
 
@@ -167,6 +169,21 @@ def stage_lines(resolved: ResolvedRun) -> Iterator[str]:
     yield "the tables below are of the first stage"
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """What is told of a plan.
+
+    found      its prediction; None without a cluster
+    notes      remarks on the figures
+    problems   what is too small for the run: of the cluster, or of this machine without one
+    """
+
+    plan: Plan
+    found: Prediction | None
+    notes: list[str]
+    problems: list[str]
+
+
 def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argparse.Namespace) -> int:
     """Print the plan of a run, and draw its pipeline and its first step. Returns 0, or 1 if a drawing can't be written.
 
@@ -174,50 +191,71 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
     """
     from rich.console import Console
 
-    from ..data.lengths import describe_lengths
-    from ..planner.host import available_memory
-    from ..planner.tables import gib, plan_tables
-    from ..planner.time_tables import misfits, time_tables
-    from .plan_cluster import assumed_cluster, predict
-    from .planning import exchange_notes, plan_of, spared_by_fusing, time_caveats
-    from .shortages import shortages
-
-    documents = None if arguments.documents is None else step_documents(resolved.config, arguments.documents)
-    per_host = None if cluster is None else cluster.gpus_per_node
-    plan = plan_of(resolved.config, resolved.notices, documents=documents, per_host=per_host)
-    length = mean_length(documents) if documents is not None and arguments.documents == "data" else arguments.documents
-    found = None if cluster is None else predict(plan, resolved.config, cluster, length)
-    drawings = _draw(resolved.config, plan, arguments)
-    if found is not None and arguments.json:
-        print(json.dumps({**found.as_dict(), "problems": misfits(found, plan.needs)}, indent=2))
+    shown = _collect(resolved, cluster, arguments)
+    drawings = _draw(resolved.config, shown.plan, arguments)
+    if shown.found is not None and arguments.json:
+        print(json.dumps({**shown.found.as_dict(), "problems": shown.problems}, indent=2))
         return _write(drawings, Console(stderr=True))
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    for line in [*([] if cluster is not None else [assumed_cluster(resolved)]), *stage_lines(resolved)]:
+    _print(resolved, shown, console, parts=arguments.parts)
+    return _write(drawings, console)
+
+
+def _collect(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argparse.Namespace) -> _Shown:
+    """Plan and predict a run, and collect what is to be said of it."""
+    from ..data.lengths import describe_lengths
+    from ..planner.host import available_memory
+    from ..planner.time_tables import misfits
+    from .plan_cluster import predict
+    from .planning import exchange_notes, plan_of, time_caveats
+    from .shortages import shortages
+
+    config, documents, length = resolved.config, None, arguments.documents
+    if arguments.documents is not None:
+        documents = step_documents(config, arguments.documents)
+    own: list[str] = []
+    if documents and arguments.documents == "data":
+        length = mean_length(documents)
+        own.append(f"own documents of the first step: {describe_lengths(documents)}")
+    plan = plan_of(config, resolved.notices, documents=documents, per_host=None if cluster is None else cluster.gpus_per_node)
+    notes = [*own, *plan.notes, *exchange_notes(plan, config)]
+    if cluster is None:
+        local = plan.processes // config.launch.most_nodes
+        problems = [*map(str, shortages(config, plan.needs, plan.away, local, available_memory()))]
+        return _Shown(plan, None, [*notes, *_spared_notes(plan, config)], problems)
+    found = predict(plan, config, cluster, length)
+    notes += [*time_caveats(config), *_spared_notes(plan, config)]
+    return _Shown(plan, found, notes, misfits(found, plan.needs))  # what is free on this machine says nothing about the cluster
+
+
+def _spared_notes(plan: Plan, config: RunConfig) -> Iterator[str]:
+    from ..planner.tables import gib
+    from .planning import spared_by_fusing
+
+    if spared := spared_by_fusing(plan, config):
+        where = "where SwiGLU is computed inside its products: Hopper GPUs, pip install 'meshloom[flash4]'"
+        yield f"{gib(spared)} GiB less {where}"
+
+
+def _print(resolved: ResolvedRun, shown: _Shown, console: Console, *, parts: bool) -> None:
+    """Print the tables of a plan, its notes and its problems."""
+    from ..planner.tables import plan_tables
+    from ..planner.time_tables import time_tables
+    from .plan_cluster import assumed_cluster
+
+    plan, found = shown.plan, shown.found
+    for line in [*([] if found is not None else [assumed_cluster(resolved)]), *stage_lines(resolved)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for table in plan_tables(plan.model.shape, plan.parallel, plan.layout, plan.job, plan.cost, plan.samples):
         console.print(table)
-    for table in time_tables(found, parts=arguments.parts) if found is not None else ():
+    for table in time_tables(found, parts=parts) if found is not None else ():
         console.print(table)
-    own: list[str] = []
-    if documents and arguments.documents == "data":
-        own.append(f"own documents of the first step: {describe_lengths(documents)}")
-    caveats = time_caveats(resolved.config) if found is not None else []
-    notes = [*own, *plan.notes, *exchange_notes(plan, resolved.config), *caveats]
-    if spared := spared_by_fusing(plan, resolved.config):
-        where = "where SwiGLU is computed inside its products: Hopper GPUs, pip install 'meshloom[flash4]'"
-        notes.append(f"{gib(spared)} GiB less {where}")
-    for note in notes:
+    for note in shown.notes:
         console.print(f"· {note}", style="dim", highlight=False, markup=False)
-    local = plan.processes // resolved.config.launch.most_nodes
-    if found is None:
-        problems = [*map(str, shortages(resolved.config, plan.needs, plan.away, local, available_memory()))]
-    else:  # what is free on this machine says nothing about the cluster
-        problems = misfits(found, plan.needs)
-    for problem in problems:
+    for problem in shown.problems:
         console.print(f"! {problem}", style="yellow", highlight=False, markup=False)
-    return _write(drawings, console)
 
 
 def _draw(config: RunConfig, plan: Plan, arguments: argparse.Namespace) -> list[tuple[Path, str]]:

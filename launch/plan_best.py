@@ -150,9 +150,21 @@ def _question(config: RunConfig, cluster: ClusterConfig, fixed: dict[str, Any], 
     if importlib.util.find_spec("deepspeed") is not None and not model.shape.mixture_layers():
         engines.append("deepspeed")
     return Question(
-        model, neutral, job, samples, run_tokens(config), optimizer_of(config), cluster,
-        passes, legal, fixed, engines, length, matrices_of(config.optim, model), config.checkpoint,
-    )  # fmt: skip
+        model=model,
+        parallel=neutral,
+        job=job,
+        samples=samples,
+        tokens=run_tokens(config),
+        optimizer=optimizer_of(config),
+        cluster=cluster,
+        passes=passes,
+        legal=legal,
+        fixed=fixed,
+        engines=engines,
+        length=length,
+        matrices=matrices_of(config.optim, model),
+        saving=config.checkpoint,
+    )
 
 
 def _refusals(config: RunConfig, candidate: Candidate) -> list[Problem]:

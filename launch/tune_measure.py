@@ -112,9 +112,10 @@ def measure(
     with _stops() as stops, tempfile.TemporaryDirectory(prefix="meshloom-tune-", ignore_cleanup_errors=True) as folder:
         for number, candidate in enumerate(candidates, 1):
             label = f"{number} of {len(candidates)}: {described(candidate.settings)}"
-            words = [*common, *tuned.changes(candidate)]
+            switches = [f"--config-dir={config_dir}"] if config_dir else []
+            command = [*switches, *common, *tuned.changes(candidate)]
             with console.status(label) as status:
-                trial = _trial(candidate, words, config_dir, Path(folder) / str(number), status, label, stops)
+                trial = _trial(candidate, command, Path(folder) / str(number), _Watch(label, status, stops))
             trials.append(trial)
             console.print(Text(f"{label}: {outcome(trial)}"))
     trials.sort(key=lambda trial: -trial.speed)
@@ -162,27 +163,28 @@ def trial_samples(config: RunConfig, candidates: Sequence[Candidate]) -> int | N
     return unit * MICRO_BATCHES if unit * MICRO_BATCHES < plan.samples else None
 
 
-def _trial(
-    candidate: Candidate,
-    words: Sequence[str],
-    config_dir: str | None,
-    folder: Path,
-    status: Status,
-    label: str,
-    stops: Sequence[int],
-) -> Trial:
+@dataclass(frozen=True)
+class _Watch:
+    """How a trial is watched. stops: signals that have asked for an end."""
+
+    label: str
+    status: Status
+    stops: Sequence[int]
+
+
+def _trial(candidate: Candidate, arguments: Sequence[str], folder: Path, watch: _Watch) -> Trial:
+    """Run a candidate in a folder of its own. arguments: of `meshloom train`."""
     folder.mkdir()
     path, log = folder / "run" / "metrics.jsonl", folder / "log.txt"
-    switches = [f"--config-dir={config_dir}"] if config_dir else []
     own = f"output_dir={quoted(str(folder / 'run'))}"
-    command = [sys.executable, "-m", "meshloom.launch.cli", "train", *switches, *words, own]
+    command = [sys.executable, "-m", "meshloom.launch.cli", "train", *arguments, own]
     with log.open("wb") as output:
         # A session of its own: a terminal's Ctrl-C is for this process, which then ends the run.
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            _until_measured(child, path, status, label, stops)
+            _until_measured(child, path, watch)
         finally:
             end(child)
     rows = steps_of(path)
@@ -197,17 +199,17 @@ def _trial(
     return Trial(candidate, speed, timed[-1].get("memory_gib"))
 
 
-def _until_measured(child: subprocess.Popen[bytes], path: Path, status: Status, label: str, stops: Sequence[int]) -> None:
+def _until_measured(child: subprocess.Popen[bytes], path: Path, watch: _Watch) -> None:
     """Wait for the steps that are wanted, or the run's end. A run that has taken them is asked to stop, as by a scheduler.
 
-    Raises KeyboardInterrupt as soon as there are `stops`.
+    Raises KeyboardInterrupt as soon as there are stops.
     """
     deadline = math.inf
     while child.poll() is None and time.monotonic() < deadline:
-        if stops:
+        if watch.stops:
             raise KeyboardInterrupt
         done = len(steps_of(path))
-        status.update(f"{label}: step {done} of {WARM_UP + TIMED}")
+        watch.status.update(f"{watch.label}: step {done} of {WARM_UP + TIMED}")
         if done >= WARM_UP + TIMED and deadline == math.inf:
             child.terminate()
             deadline = time.monotonic() + GRACE_SECONDS

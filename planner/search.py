@@ -40,7 +40,7 @@ MOST_PIPELINE = 64
 Settings = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Question:
     """The run whose layouts are searched.
 

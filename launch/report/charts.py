@@ -26,6 +26,27 @@ LOG_FROM = 4.0
 
 
 @dataclass(frozen=True)
+class NumberChart:
+    """A chart of one number of the steps. log: whether its axis may be logarithmic."""
+
+    name: str
+    title: str
+    number: str
+    unit: str = ""
+    log: bool = False
+
+
+NUMBER_CHARTS = (
+    NumberChart("lr", "Learning rate", "lr"),
+    NumberChart("batch", "Batch size", "batch_samples", "samples"),
+    NumberChart("grad_norm", "Gradient norm, before clipping", "grad_norm", log=True),
+    NumberChart("noise", "Gradient noise scale", "noise_scale", "samples", log=True),
+    NumberChart("throughput", "Throughput", "tokens_per_second", "tokens/s"),
+    NumberChart("mfu", "Model FLOPs utilisation", "mfu", "share of the peak"),
+)
+
+
+@dataclass(frozen=True)
 class Marks:
     """Steps of a run at which something happened, by what it was."""
 
@@ -38,17 +59,9 @@ def all_charts(runs: Runs, marks: Mapping[str, Marks], *, png: bool) -> Iterator
         for axis, label in AXES.items():
             yield loss_chart(runs, axis, f"Loss by {label}", marks if axis == "step" else {}, png=png)
     yield from evaluation_charts(runs, png=png)
-    charts: list[tuple[str, str, str, str, bool]] = [
-        ("lr", "Learning rate", "lr", "", False),
-        ("batch", "Batch size", "batch_samples", "samples", False),
-        ("grad_norm", "Gradient norm, before clipping", "grad_norm", "", True),
-        ("noise", "Gradient noise scale", "noise_scale", "samples", True),
-        ("throughput", "Throughput", "tokens_per_second", "tokens/s", False),
-        ("mfu", "Model FLOPs utilisation", "mfu", "share of the peak", False),
-    ]
-    for name, title, number, unit, log in charts:
-        if has(runs, number):
-            yield number_chart(runs, name, title, number, unit, log=log, png=png)
+    for chart in NUMBER_CHARTS:
+        if has(runs, chart.number):
+            yield number_chart(runs, chart, png=png)
     if has(runs, "memory_gib"):
         yield memory_chart(runs, png=png)
     if has(runs, "checkpoint/total_seconds"):
@@ -115,8 +128,9 @@ def _lines_chart(runs: Runs, name: str, title: str, labels: Mapping[str, str], y
     return drawn(name, title, draw, png=png)
 
 
-def number_chart(runs: Runs, name: str, title: str, number: str, unit: str, *, log: bool, png: bool) -> Picture:
+def number_chart(runs: Runs, chart: NumberChart, *, png: bool) -> Picture:
     """Draw one number of the steps: what was set as it was, what was measured also averaged."""
+    number = chart.number
 
     def draw(axes: Axes) -> None:
         for run, metrics, hue in coloured(runs):
@@ -133,13 +147,13 @@ def number_chart(runs: Runs, name: str, title: str, number: str, unit: str, *, l
             elif len(found):
                 line(axes, found, runs, color=hue, alpha=0.35, linewidth=0.8)
                 line(axes, found.smoothed(), runs, color=hue, label=label)
-        if log and _positive(runs, number):
+        if chart.log and _positive(runs, number):
             log_scale(axes)
         else:
             axes.set_ylim(bottom=0)
-        finish(axes, "step", unit, runs)
+        finish(axes, "step", chart.unit, runs)
 
-    return drawn(name, title, draw, png=png)
+    return drawn(chart.name, chart.title, draw, png=png)
 
 
 def memory_chart(runs: Runs, *, png: bool) -> Picture:
