@@ -12,7 +12,7 @@ import torch
 
 from .heartbeat import OWN_WORK, Heartbeat, Phase
 
-Span = tuple[torch.cuda.Event, torch.cuda.Event]
+EventPair = tuple[torch.cuda.Event, torch.cuda.Event]
 """Two events between which time passes."""
 PASSES = (Phase.FORWARD, Phase.BACKWARD)
 
@@ -43,9 +43,9 @@ class _Part(enum.Enum):
 class _Passes(NamedTuple):
     """The passes of a step on the device, the waiting in them for weights, gradients and other stages, and their parts."""
 
-    span: Span
-    waits: list[Span]
-    parts: dict[_Part, list[Span]]
+    span: EventPair
+    waits: list[EventPair]
+    parts: dict[_Part, list[EventPair]]
 
     def events(self) -> Iterator[torch.cuda.Event]:
         """Yield all events. One may end a span and begin another."""
@@ -69,8 +69,8 @@ class ComputeTime:
         self._read: list[torch.cuda.Event] = []  # events whose times have been read
         self._begun: torch.cuda.Event | None = None
         self._between: torch.cuda.Event | None = None  # the end of a stage's newest pass
-        self._waits: list[Span] = []
-        self._parts: dict[_Part, list[Span]] = {}
+        self._waits: list[EventPair] = []
+        self._parts: dict[_Part, list[EventPair]] = {}
         self._in_passes = False
         self._host = 0.0
         self._host_parts: dict[_Part, list[float]] = {part: [] for part in _Part}  # since `newest` was called
@@ -188,5 +188,5 @@ def _work(seconds: float, parts: dict[_Part, list[float]]) -> StepWork:
     return StepWork(own, ring_wait, sum(layers), len(layers))
 
 
-def _seconds(span: Span) -> float:
+def _seconds(span: EventPair) -> float:
     return span[0].elapsed_time(span[1]) / 1000

@@ -8,14 +8,14 @@ from typing import ClassVar, get_args
 
 from ..config.keys import Side, key
 from ..config.problems import Problem
-from .context.blocks import Moved
+from .context.blocks import RingExchange
 from .context.ring_plan import DIRECT
 from .deepspeed.settings import DeepSpeedConfig
 
 ENGINES = ("torch", "deepspeed")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb", "zbv", "dualpipev")
 CONTEXT_KINDS = ("ring", "ulysses")
-RING_EXCHANGES: tuple[Moved, ...] = get_args(Moved)
+RING_EXCHANGES: tuple[RingExchange, ...] = get_args(RingExchange)
 GRADIENT_EXCHANGES = ("auto", "direct", "hierarchical")
 HYBRID_KINDS = ("none", "greedy")
 YEAR = 365 * 24 * 3600  # clocks of collectives overflow far beyond it
@@ -86,6 +86,11 @@ class ParallelConfig:
     def exchanges_rows(self) -> bool:
         """True if ranks send each other rows of gradients, and sum them themselves (`torch/exchange.py`)."""
         return self.engine == "torch" and self.zero == 1 and self.pp == 1 and self.offload == "none"
+
+    def problems_of(self, *names: str) -> list[Problem]:
+        """Return what is wrong with the values of these keys alone."""
+        wanted = {f"parallel.{name}" for name in names}
+        return [problem for problem in self.problems() if problem.key in wanted]
 
     def problems(self, key: str = "parallel") -> list[Problem]:
         """Return what is wrong with the values; what does not fit the work or the processes, `layout.py` and others say."""

@@ -167,7 +167,7 @@ def uses_fsdp(parallel: ParallelConfig, layout: Layout, *, experts: bool = False
 
 def layout_problems(config: ParallelConfig, world_size: int, islands: int = 1) -> list[Problem]:
     """List what is wrong with the axis sizes on this many processes, in so many islands."""
-    problems = [problem for problem in config.problems() if problem.key.removeprefix("parallel.") in SIZES]
+    problems = config.problems_of(*SIZES)
     if problems:
         return problems
     if world_size % islands:

@@ -5,7 +5,6 @@ Imports no torch. What only the built model can tell is checked by `capabilities
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from collections.abc import Iterator
@@ -92,21 +91,10 @@ def _expert_problems(parallel: ParallelConfig, work: Work) -> Iterator[Problem]:
         yield Problem("parallel.ep", text, f"use parallel.ep={' or '.join(map(str, fits))}")
 
 
-def _stage_key_problems(parallel: ParallelConfig) -> Iterator[Problem]:
-    if parallel.schedule not in SCHEDULES:
-        near = difflib.get_close_matches(parallel.schedule, SCHEDULES, 1)
-        fix = f"did you mean {near[0]}?" if near else f"use {', '.join(SCHEDULES)}"
-        yield Problem("parallel.schedule", f"there is no '{parallel.schedule}'", fix)
-    elif parallel.pp == 1:
-        for key in ("stages_per_rank", "stage_layers"):
-            if getattr(parallel, key) is not None:
-                yield Problem(f"parallel.{key}", "there are no stages with parallel.pp=1", "leave it null, or set parallel.pp")
-
-
 def _stage_problems(parallel: ParallelConfig, layers: int) -> Iterator[Problem]:
     """Yield what is wrong with the pipeline's schedule, stages and their layers."""
     if parallel.schedule not in SCHEDULES or parallel.pp == 1:
-        yield from _stage_key_problems(parallel)
+        yield from parallel.problems_of("schedule", "stages_per_rank", "stage_layers")
         return
     chosen, per_rank = schedule_of(parallel), parallel.stages_per_rank
     if per_rank is not None and (per_rank < 1 or (chosen.fixed and per_rank != chosen.stages_per_rank)):

@@ -26,7 +26,7 @@ from .matrix_plan import MatrixPlan
 from .mesh import Mesh
 from .routes import Hop, Numbers
 
-Place = tuple[int, tuple[slice, slice]]
+PartPlace = tuple[int, tuple[slice, slice]]
 """The place of a part: the number of an array, and an index into it."""
 
 
@@ -50,9 +50,9 @@ class _Exchange:
 class _Way:
     """The way of a wave's parts through this rank. begin, end: places of those that are held at first, and at last"""
 
-    begin: list[Place]
+    begin: list[PartPlace]
     exchanges: list[_Exchange]
-    end: list[Place]
+    end: list[PartPlace]
 
 
 class MeshMatrices:
@@ -74,11 +74,11 @@ class MeshMatrices:
         mine = np.array([[*boxes[each.name].offsets, *boxes[each.name].shape] for each in parameters], dtype=np.int64)
         plan = MatrixPlan.of(spans, self._all_boxes(mesh, mine.reshape(-1, 4)), cost, levels)
 
-        def in_shard(part: int) -> Place:
+        def in_shard(part: int) -> PartPlace:
             parameter, *_ = spans[plan.parts.matrix[part]]
             return parameter, _index(plan.parts.boxes[part], mine[parameter, 0], mine[parameter, 1])
 
-        def in_matrix(part: int) -> Place:
+        def in_matrix(part: int) -> PartPlace:
             matrix = int(plan.parts.matrix[part])
             return matrix, _index(plan.parts.boxes[part], spans[matrix][1], 0)
 
@@ -95,7 +95,9 @@ class MeshMatrices:
         dist.all_gather(list(everyone), table, mesh.group("stage"))
         return everyone.cpu().numpy()
 
-    def _way(self, hops: Sequence[Hop], sizes: Numbers, begin: Callable[[int], Place], end: Callable[[int], Place]) -> _Way:
+    def _way(
+        self, hops: Sequence[Hop], sizes: Numbers, begin: Callable[[int], PartPlace], end: Callable[[int], PartPlace]
+    ) -> _Way:
         """Prepare hops. sizes: of all parts; begin, end: the places of a part where it is held at first, and at last"""
         held = first = np.unique(hops[0].send)  # a part for several ranks is sent several times
         exchanges: list[_Exchange] = []

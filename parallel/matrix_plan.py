@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .routes import Hop, Numbers, hops, place
 
-Span = tuple[int, int, int, int]
+MatrixSpan = tuple[int, int, int, int]
 """The place of a matrix: the number of its parameter, its first row there, rows and columns."""
 
 
@@ -37,7 +37,7 @@ class Parts:
     ranks: Numbers
 
     @classmethod
-    def find(cls, spans: Sequence[Span], boxes: Numbers) -> Parts:
+    def find(cls, spans: Sequence[MatrixSpan], boxes: Numbers) -> Parts:
         """Find the parts. boxes: (ranks, parameters, 4), of one parameter either the same or disjoint"""
         found: list[tuple[Numbers, Numbers, Numbers, Numbers]] = []
         count = 0
@@ -139,7 +139,9 @@ class MatrixPlan:
     levels: Sequence[int]
 
     @classmethod
-    def of(cls, spans: Sequence[Span], boxes: Numbers, cost: Callable[[int, int], float], levels: Sequence[int]) -> MatrixPlan:
+    def of(
+        cls, spans: Sequence[MatrixSpan], boxes: Numbers, cost: Callable[[int, int], float], levels: Sequence[int]
+    ) -> MatrixPlan:
         """Plan for all ranks. boxes: see `Parts.find`; cost: of a matrix of so many rows and columns"""
         parts = Parts.find(spans, boxes)
         costs = [cost(rows, columns) for *_, rows, columns in spans]

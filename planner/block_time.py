@@ -264,10 +264,10 @@ def _context_exchange(
     kv_width = part.kv_width if isinstance(part, AttentionConfig) else q_width
     if work.parallel.cp_kind == "ulysses":
         return 4 * work.cp.exchange(work.tokens * (q_width + kv_width) / 2 / tp * unit)
-    size, moved = work.parallel.cp, work.parallel.ring_exchange
+    size, exchange = work.parallel.cp, work.parallel.ring_exchange
     widths = {"q_width": q_width / tp, "kv_width": kv_width / tp, "heads": part.heads / tp}
-    there, back = position_bytes(moved, **widths, unit=unit, backward=backward)
-    if backward and moved == "keys" and size > work.parallel.ring_direct and part.window is None:
+    there, back = position_bytes(exchange, **widths, unit=unit, backward=backward)
+    if backward and exchange == "keys" and size > work.parallel.ring_direct and part.window is None:
         # Handed on: of keys three quarters, and N times the whole sum of their gradients in fp32 or wider.
         there, back = 0.75 * there, back * max(4, unit) / unit * size / (size - 1)
     hop = work.cp.send(work.tokens * (there + back))

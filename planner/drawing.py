@@ -5,7 +5,7 @@ from __future__ import annotations
 import colorsys
 from xml.sax.saxutils import escape
 
-from .timeline import Span, Timeline
+from .timeline import ActionTime, Timeline
 
 LEFT, TOP, ROW, GAP, WIDTH = 72, 84, 34, 8, 1200
 HUES = {"F": 0.58, "B": 0.33, "I": 0.44, "W": 0.09}
@@ -53,7 +53,7 @@ def _colour(kind: str, chunk: int, chunks: int) -> str:
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
-def _box(span: Span, y: float, scale: float, chunk: int, chunks: int) -> str:
+def _box(span: ActionTime, y: float, scale: float, chunk: int, chunks: int) -> str:
     action = span.action
     x, width = LEFT + span.start * scale, (span.end - span.start) * scale
     hint = f"{NAMES[action.kind]} of micro-batch {action.micro}, stage {action.stage}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-from ..parallel.hybrid.assignment import HybridAssignment, Span
+from ..parallel.hybrid.assignment import HybridAssignment, RowTime
 from ..parallel.hybrid.cost import CostModel
 from .drawing import drawn_text
 
@@ -51,7 +51,7 @@ def step_svg(panels: Sequence[Panel], lengths: Sequence[int], costs: CostModel, 
 
 def _panel(
     plan: HybridAssignment,
-    timeline: Sequence[Sequence[Span]],
+    timeline: Sequence[Sequence[RowTime]],
     lengths: Sequence[int],
     costs: CostModel,
     top: float,
@@ -73,7 +73,7 @@ def _panel(
                 x += time * scale
 
 
-def _colours(plan: HybridAssignment, span: Span, lengths: Sequence[int], costs: CostModel) -> list[tuple[str, float]]:
+def _colours(plan: HybridAssignment, span: RowTime, lengths: Sequence[int], costs: CostModel) -> list[tuple[str, float]]:
     """List the colours of a row's documents, the longest first, with the time of all of each colour."""
     found: dict[str, float] = {}
     shared = [(plan.shared[number].document, plan.shared[number].ranks) for number in span.row.shared]

@@ -23,7 +23,7 @@ class Costs:
         return parts[kind] if kind in parts else self.to_input + self.to_weight
 
 
-class Span(NamedTuple):
+class ActionTime(NamedTuple):
     """The time of an action, from `start` to `end`."""
 
     action: Action
@@ -35,7 +35,7 @@ class Span(NamedTuple):
 class Timeline:
     """The timeline of a pipeline. spans[r]: the actions of pipeline rank r in order, with their times."""
 
-    spans: list[list[Span]]
+    spans: list[list[ActionTime]]
 
     @property
     def length(self) -> float:
@@ -76,7 +76,7 @@ def simulate(order: Sequence[Sequence[Action]], costs: Sequence[Costs], hop: flo
     delay = [hop if stage and holder[stage] != holder[stage - 1] else 0.0 for stage in range(len(costs))]
     durations = [{kind: each.of(kind) for kind in (FORWARD, BACKWARD, INPUT, WEIGHT)} for each in costs]
     done: dict[tuple[str, int, int], float] = {}
-    spans: list[list[Span]] = [[] for _ in order]
+    spans: list[list[ActionTime]] = [[] for _ in order]
     clock = [0.0] * len(order)
     ready = list(range(len(order)))
     while ready:
@@ -101,7 +101,7 @@ def simulate(order: Sequence[Sequence[Action]], costs: Sequence[Costs], hop: flo
                 arrival = done[source] + late
             start = max(now, arrival)
             now = start + durations[stage][kind]
-            mine.append(Span(action, start, now))
+            mine.append(ActionTime(action, start, now))
             # What a whole backward pass owes to the stage before it is there when it ends.
             made = (INPUT if kind == BACKWARD else kind, stage, micro)
             done[made] = now

@@ -22,14 +22,14 @@ AUTO_FROM = "auto:"
 """Prefix of `resume=auto:<path>`."""
 
 
-def resumes_own_run(resume: str) -> bool:
+def resume_names_own_run(resume: str) -> bool:
     """Return whether a run with this value of `resume` resumes from its own checkpoints once it has saved some."""
     return resume == "auto" or resume.startswith(AUTO_FROM)
 
 
-def resumes_own(resume: str, output_dir: str | Path) -> bool:
+def continues_own_run(resume: str, output_dir: str | Path) -> bool:
     """Return whether this process resumes from the run's own checkpoints: by `resume`, or because it was started again."""
-    return resumes_own_run(resume) or is_restarted(Path(output_dir))
+    return resume_names_own_run(resume) or is_restarted(Path(output_dir))
 
 
 def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
@@ -46,7 +46,7 @@ def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
     checkpoints in another folder.
     """
     wanted = str(config.resume)
-    if resumes_own(wanted, config.output_dir):
+    if continues_own_run(wanted, config.output_dir):
         folder = checkpoint_folder(config)  # not a step: `restore` skips damaged ones and also looks into memory
         try:
             if _holds_checkpoint(folder):

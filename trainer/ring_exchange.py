@@ -23,12 +23,12 @@ def ring_notices(config: RunConfig) -> list[str]:
     return [f"parallel.ring_exchange=queries sends {times:.1f} times the bytes of keys, as the model has fewer heads of keys"]
 
 
-def _bytes(config: RunConfig, model: DecoderConfig, moved: str) -> float:
+def _bytes(config: RunConfig, model: DecoderConfig, ring_exchange: str) -> float:
     """Return the bytes of a position that both passes of all layers send, with the results that come back."""
     unit, total = PRECISIONS[config.precision].bytes, 0.0
     for part in (block.attention for block in model.blocks()):
         q_width = part.heads * part.head_dim
         kv_width = part.kv_width if isinstance(part, AttentionConfig) else q_width
         widths = {"q_width": q_width, "kv_width": kv_width, "heads": part.heads, "unit": unit}
-        total += sum(sum(position_bytes(moved, **widths, backward=backward)) for backward in (False, True))
+        total += sum(sum(position_bytes(ring_exchange, **widths, backward=backward)) for backward in (False, True))
     return total

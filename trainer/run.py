@@ -28,7 +28,7 @@ from .all_ranks import PeerFailed, from_main, on_main, raise_on_all_ranks
 from .blanks import blank_notice
 from .build import Run, build_model, build_run, engine_settings
 from .derived import checkpoint_folder
-from .find_checkpoint import resumes_own
+from .find_checkpoint import continues_own_run
 from .guard.going_back import find_way_back
 from .guard.guard import RewindNeeded, TrainingDiverged
 from .identity import Origin, identify, take_over_metrics
@@ -247,7 +247,7 @@ def _run_locked(resolved: ResolvedRun, data: DataNode, sets: Sequence[Validation
     current = build_run(config, saved, data, mesh, place, sets, settings)
     try:
         origin = None if checkpoint is None else restore_run(current, checkpoint, config)
-        if checkpoint is None and resumes_own(str(config.resume), config.output_dir):  # it has not saved yet
+        if checkpoint is None and continues_own_run(str(config.resume), config.output_dir):  # it has not saved yet
             restore_journal(current.loop, checkpoint_folder(config))
         if mesh.is_main:
             for line in _start_lines(config, current):
@@ -317,7 +317,7 @@ def _way_on(saved: int) -> str:
 
 def _take_over(config: RunConfig, current: Run, origin: Origin | None) -> None:
     """Take over the run's folders: move files of an earlier run aside. Called once nothing can refuse this run any more."""
-    resumes = resumes_own(str(config.resume), config.output_dir)
+    resumes = continues_own_run(str(config.resume), config.output_dir)
     identity = identify(origin, checkpoint_folder(config), resumes=resumes)
     take_over_metrics(Path(config.output_dir), identity)
     assert current.loop.guard is not None

@@ -18,10 +18,10 @@ from typing import Literal
 
 from .zigzag import Piece
 
-Span = tuple[int, int]
+Positions = tuple[int, int]
 """Half-open range of positions on a member: [start, stop)."""
 
-Moved = Literal["keys", "queries"]
+RingExchange = Literal["keys", "queries"]
 """Side of attention whose tensors are sent to the holder of the other side."""
 
 
@@ -32,19 +32,19 @@ class AttentionBlock:
     left  or only to so many keys before its own place, counted as if the last query and the last key had the same one
     """
 
-    queries: Span
-    keys: Span
+    queries: Positions
+    keys: Positions
     left: int | None = None
 
-    def span(self, moved: Moved) -> Span:
+    def span(self, ring_exchange: RingExchange) -> Positions:
         """Return the span of one side."""
-        return self.keys if moved == "keys" else self.queries
+        return self.keys if ring_exchange == "keys" else self.queries
 
-    def at(self, moved: Moved, start: int) -> AttentionBlock:
+    def at(self, ring_exchange: RingExchange, start: int) -> AttentionBlock:
         """Return the block with the span of one side beginning elsewhere."""
-        first, stop = self.span(moved)
+        first, stop = self.span(ring_exchange)
         span = (start, start + stop - first)
-        return replace(self, keys=span) if moved == "keys" else replace(self, queries=span)
+        return replace(self, keys=span) if ring_exchange == "keys" else replace(self, queries=span)
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ def _through_window(query: PlacedPiece, key: PlacedPiece, window: int) -> Attent
     return AttentionBlock((query.at, query.at + queries), keys, left if left < keys[1] - keys[0] - 1 else None)
 
 
-def spans_of(blocks: Sequence[AttentionBlock], moved: Moved = "keys") -> tuple[Span, ...]:
+def spans_of(blocks: Sequence[AttentionBlock], ring_exchange: RingExchange = "keys") -> tuple[Positions, ...]:
     """Return the spans of keys (or queries) that these blocks need, ascending, each position once."""
-    spans: list[Span] = []
-    for start, stop in sorted(block.span(moved) for block in blocks):
+    spans: list[Positions] = []
+    for start, stop in sorted(block.span(ring_exchange) for block in blocks):
         if spans and start < spans[-1][1]:
             spans[-1] = (spans[-1][0], max(stop, spans[-1][1]))
         else:
@@ -118,15 +118,15 @@ def spans_of(blocks: Sequence[AttentionBlock], moved: Moved = "keys") -> tuple[S
 
 
 def from_message_start(
-    blocks: Sequence[AttentionBlock], spans: Sequence[Span], moved: Moved = "keys"
+    blocks: Sequence[AttentionBlock], spans: Sequence[Positions], ring_exchange: RingExchange = "keys"
 ) -> tuple[AttentionBlock, ...]:
     """Count the blocks' keys (or queries) from the start of a message that holds these spans of them."""
     counted: list[AttentionBlock] = []
     for block in blocks:
-        first, before = block.span(moved)[0], 0
+        first, before = block.span(ring_exchange)[0], 0
         for start, stop in spans:
             if start <= first < stop:
-                counted.append(block.at(moved, before + first - start))
+                counted.append(block.at(ring_exchange, before + first - start))
                 break
             before += stop - start
     return tuple(counted)

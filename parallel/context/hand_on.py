@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .blocks import PlacedPiece, Span, blocks_between, from_message_start
+from .blocks import PlacedPiece, Positions, blocks_between, from_message_start
 from .steps import Receive, Return, Send, Step, TravellingGradient, length_of
 
 Limits = dict[int, int]
@@ -29,7 +29,7 @@ def handed_steps(placed: Sequence[Sequence[PlacedPiece]], index: int) -> list[St
     seen_anywhere = [_spans_before(pieces, limits) for pieces, limits in zip(placed, _of_others(latest), strict=True)]
     # What a message still has to reach are the members from its receiver on downwards, fewer with each step.
     from_here, from_before = _downwards(latest, index), _downwards(latest, before)
-    latest_message: tuple[Span, ...] = ()
+    latest_message: tuple[Positions, ...] = ()
     steps: list[Step] = []
     for step in range(1, size):
         source, sent_of, coming = ((index + step + more) % size for more in (0, -1, 1))
@@ -80,9 +80,9 @@ def _of_others(latest: Sequence[Limits]) -> list[Limits]:
     return [_later(one, other) for one, other in zip(ahead, reversed(behind), strict=True)]
 
 
-def _spans_before(pieces: Sequence[PlacedPiece], limits: Mapping[int, int]) -> tuple[Span, ...]:
+def _spans_before(pieces: Sequence[PlacedPiece], limits: Mapping[int, int]) -> tuple[Positions, ...]:
     """Return where a member's pieces lie that begin before the limits of their documents: one span for each document."""
-    spans: dict[int, Span] = {}
+    spans: dict[int, Positions] = {}
     for piece in pieces:
         if piece.start < limits.get(piece.document, -1):
             start, _ = spans.get(piece.document, (piece.at, piece.at))
@@ -90,9 +90,9 @@ def _spans_before(pieces: Sequence[PlacedPiece], limits: Mapping[int, int]) -> t
     return tuple(sorted(spans.values()))
 
 
-def _within(spans: Sequence[Span], message: Sequence[Span]) -> tuple[Span, ...]:
+def _within(spans: Sequence[Positions], message: Sequence[Positions]) -> tuple[Positions, ...]:
     """Return where spans lie in a message that holds these spans, each inside of one."""
-    found: list[Span] = []
+    found: list[Positions] = []
     for start, stop in spans:
         at = 0
         for first, last in message:

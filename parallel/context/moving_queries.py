@@ -18,7 +18,7 @@ import torch
 
 from ...kernels.attention_blocks import block_forward
 from ...kernels.attention_delta import output_with_delta, row_products
-from .blocks import Span
+from .blocks import Positions
 from .exchange import Exchange, Message
 from .ring_blocks import add_blocks, add_gradients_of_blocks, merge, own_backward, own_forward
 from .ring_call import RingCall
@@ -102,7 +102,7 @@ def _rounds(moving: Moving, call: RingCall) -> Iterator[tuple[Step | None, list[
         step, arrived = coming, [[message.tensor for message in each] for each in receives]
 
 
-def _packed(tensors: Sequence[torch.Tensor], dim: int, spans: Sequence[Span]) -> torch.Tensor:
+def _packed(tensors: Sequence[torch.Tensor], dim: int, spans: Sequence[Positions]) -> torch.Tensor:
     """Stack these spans of tensors' positions, one behind the other."""
     parts = [[x.narrow(dim, start, stop - start) for start, stop in spans] for x in tensors]
     return torch.stack([each[0] if len(each) == 1 else torch.cat(each, dim) for each in parts])

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from ...kernels.attention_op import register_backward
 from ...kernels.documents import Documents
 from ...kernels.sinks import add_sinks, sinks_gradient
-from .blocks import Moved
+from .blocks import RingExchange
 from .moving_keys import keys_backward, keys_forward
 from .moving_queries import queries_backward, queries_forward
 from .ring_call import RingCall, on_device, own_cu_seqlens
@@ -40,7 +40,7 @@ class Ring:
     """The members that share sequences: their global ranks in order, this process's index among them, and a group for messages.
 
     direct: the most members that send keys directly; more than that hand them on from neighbour to neighbour.
-    moved: what is sent to the holder of the other side, `parallel.ring_exchange`. Queries are always sent directly.
+    ring_exchange: what is sent to the holder of the other side, `parallel.ring_exchange`. Queries are always sent directly.
     The group contains the members and maybe others. With NCCL its communicator must exist before the first call (one
     collective by all of the group), since not every member takes part in every exchange.
     """
@@ -49,7 +49,7 @@ class Ring:
     index: int
     group: dist.ProcessGroup
     direct: int = DIRECT
-    moved: Moved = "keys"
+    ring_exchange: RingExchange = "keys"
 
 
 def ring_attend(
@@ -81,7 +81,7 @@ def ring_attend(
         assert documents is not None
         part, rows = documents.cu_seqlens, documents.host_rings
     assert documents is None or part is not None, "the documents do not know this member's part (`with_ring_part`)"
-    where = (length, list(ring.ranks), ring.index, ring.direct, ring.moved, ring.group.group_name)
+    where = (length, list(ring.ranks), ring.index, ring.direct, ring.ring_exchange, ring.group.group_name)
     window = None if window is None or (length is not None and window >= length) else window
     out_BTHD, _ = ring_forward(q_BTHD, k_BTKD, v_BTKD, part, rows, sinks, *where, scale, window, softcap, kernel)
     return out_BTHD
@@ -108,7 +108,7 @@ def ring_forward(
     ranks: Sequence[int],
     index: int,
     direct: int,
-    moved: str,
+    ring_exchange: str,
     group: str,
     scale: float,
     window: int | None,
@@ -117,10 +117,10 @@ def ring_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `ring_attend`'s output and the log-sum-exp of each row: (B, H, T), or (1, H, B·T) with documents."""
     call = RingCall.of(
-        part_cu_seqlens, host_cu_seqlens, length, ranks, index, direct, moved, group, scale, window, softcap, kernel
+        part_cu_seqlens, host_cu_seqlens, length, ranks, index, direct, ring_exchange, group, scale, window, softcap, kernel
     )
     q, k, v = map(call.rows, (q_BTHD, k_BTKD, v_BTKD))
-    out, lse = (queries_forward if moved == "queries" else keys_forward)(q, k, v, call)
+    out, lse = (queries_forward if ring_exchange == "queries" else keys_forward)(q, k, v, call)
     if sinks_H is not None:
         out, lse = add_sinks(out, lse, sinks_H)
     return out.reshape(q_BTHD.shape).contiguous(), lse.contiguous()
@@ -141,7 +141,7 @@ def ring_backward(
     ranks: Sequence[int],
     index: int,
     direct: int,
-    moved: str,
+    ring_exchange: str,
     group: str,
     scale: float,
     window: int | None,
@@ -150,10 +150,10 @@ def ring_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the gradients (dq, dk, dv, dsinks) of `ring_forward`, each member's for its positions; dsinks may be empty."""
     call = RingCall.of(
-        part_cu_seqlens, host_cu_seqlens, length, ranks, index, direct, moved, group, scale, window, softcap, kernel
+        part_cu_seqlens, host_cu_seqlens, length, ranks, index, direct, ring_exchange, group, scale, window, softcap, kernel
     )
     dout, q, k, v, out = map(call.rows, (dout_BTHD.contiguous(), q_BTHD, k_BTKD, v_BTKD, out_BTHD))
-    backward = queries_backward if moved == "queries" else keys_backward
+    backward = queries_backward if ring_exchange == "queries" else keys_backward
     dq, dk, dv = backward(dout, q, k, v, out, lse, call)
     return (
         dq.to(q.dtype).reshape(q_BTHD.shape).contiguous(),

@@ -12,7 +12,7 @@ import torch
 from torch._C._distributed_c10d import _resolve_process_group
 
 from ...kernels.attention_blocks import Segments
-from .blocks import Moved
+from .blocks import RingExchange
 from .exchange import Members
 from .ring_plan import RingPlan, plan_documents, plan_rings, plan_whole
 
@@ -41,7 +41,7 @@ class RingCall:
         ranks: Sequence[int],
         index: int,
         direct: int,
-        moved: str,
+        ring_exchange: str,
         group: str,
         scale: float,
         window: int | None,
@@ -49,7 +49,7 @@ class RingCall:
         kernel: str,
     ) -> RingCall:
         """Plan a call from the arguments of `ring.ring_forward`."""
-        side, segments = cast("Moved", moved), None
+        side, segments = cast("RingExchange", ring_exchange), None
         if part_cu_seqlens is None or host_cu_seqlens is None:
             assert length is not None
             plan = plan_whole(length, len(ranks), index, window, direct, side)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .blocks import AttentionBlock, Moved, PlacedPiece, Span, blocks_between, place_cut_documents
+from .blocks import AttentionBlock, PlacedPiece, Positions, RingExchange, blocks_between, place_cut_documents
 from .hand_on import handed_steps
 from .steps import Receive, Return, Send, Step, direct_steps
 from .zigzag import Piece, cut_document, deal_pieces
@@ -43,10 +43,10 @@ class RingPlan:
 
 @lru_cache(maxsize=256)
 def plan_whole(
-    length: int, size: int, index: int, window: int | None = None, direct: int = DIRECT, moved: Moved = "keys"
+    length: int, size: int, index: int, window: int | None = None, direct: int = DIRECT, ring_exchange: RingExchange = "keys"
 ) -> RingPlan:
     """Plan for rows that are one document each; spans hold for every row of a batch alike."""
-    return plan_exchange(deal_pieces((0, length), length, size), index, window, direct, moved)
+    return plan_exchange(deal_pieces((0, length), length, size), index, window, direct, ring_exchange)
 
 
 @lru_cache(maxsize=64)
@@ -57,10 +57,10 @@ def plan_documents(
     index: int,
     window: int | None = None,
     direct: int = DIRECT,
-    moved: Moved = "keys",
+    ring_exchange: RingExchange = "keys",
 ) -> RingPlan:
     """Plan for packed rows, and remember the plan: every layer asks for that of the same micro-batch."""
-    return plan_exchange(deal_pieces(cu_seqlens, length, size), index, window, direct, moved)
+    return plan_exchange(deal_pieces(cu_seqlens, length, size), index, window, direct, ring_exchange)
 
 
 def plan_exchange(
@@ -68,7 +68,7 @@ def plan_exchange(
     index: int,
     window: int | None = None,
     direct: int = DIRECT,
-    moved: Moved = "keys",
+    ring_exchange: RingExchange = "keys",
 ) -> RingPlan:
     """Plan the part of member `index` in an attention whose members hold these pieces, each in its order.
 
@@ -76,15 +76,15 @@ def plan_exchange(
     window: positions that a query sees, its own included; None: all before it
     direct: the most members of a document that send its keys directly; more than that hand them on, if they are most of the
     ring: keys that are handed on pass all of it. Through a window all send directly
-    moved: what members send; queries all send directly
+    ring_exchange: what members send; queries all send directly
     """
     placed = place_cut_documents(pieces)
     members = Counter(document for own in placed for document in {piece.document for piece in own})
     most = max(direct, len(pieces) // 2)
     wide = {document for document, count in members.items() if count > most}
-    if window is not None or moved == "queries":
+    if window is not None or ring_exchange == "queries":
         wide = set[int]()
-    steps = direct_steps(_only(placed, wide, inside=False), index, window, moved)
+    steps = direct_steps(_only(placed, wide, inside=False), index, window, ring_exchange)
     if wide:  # first in each exchange: what is handed on names messages by their numbers
         handed = handed_steps(_only(placed, wide, inside=True), index)
         steps = [one.followed_by(other) for one, other in zip(handed, steps, strict=True)]
@@ -99,13 +99,13 @@ def _only(placed: Sequence[Sequence[PlacedPiece]], documents: set[int], *, insid
 
 @lru_cache(maxsize=64)
 def plan_rings(
-    rings: tuple[int, ...], index: int, window: int | None = None, direct: int = DIRECT, moved: Moved = "keys"
+    rings: tuple[int, ...], index: int, window: int | None = None, direct: int = DIRECT, ring_exchange: RingExchange = "keys"
 ) -> RingPlan:
     """Plan a row whose first documents are shared, each with a run of members of its own, and whose others are whole.
 
     rings: the number of all members, that of shared documents, (length, first member, number of members) of each, then the
     lengths of whole ones. Behind the last member comes the first. index: of this member among all. Members that share a
-    document must hold it in rows that they run at the same time. direct, moved: see `plan_exchange`, of each document's ring.
+    document must hold it in rows that they run at the same time. direct, ring_exchange: as of `plan_exchange`, of each ring.
     In each exchange all messages are in the order of the documents, on both sides.
     """
     members, count = rings[:2]
@@ -115,21 +115,23 @@ def plan_rings(
     steps: list[Step] = []
     at = 0
     for length, first, size in shared:
-        plan = _plan_document(length, size, (index - first) % members, window, direct, moved)
+        plan = _plan_document(length, size, (index - first) % members, window, direct, ring_exchange)
         own += plan.own
         own_blocks += (_shifted(block, at, at) for block in plan.own_blocks)
         steps += [Step()] * (len(plan.steps) - len(steps))
         earlier = [0, *(len(step.receives) for step in steps), 0]
         for number, step in enumerate(plan.steps):
-            place = _Place(at, first, members, moved, before=earlier[number], after=earlier[number + 2])
+            place = _Place(at, first, members, ring_exchange, before=earlier[number], after=earlier[number + 2])
             steps[number] = place.join(steps[number], step)
         at += sum(plan.own)
     return RingPlan((*own, *rings[2 + 3 * count :]), tuple(steps), tuple(own_blocks))
 
 
 @lru_cache(maxsize=256)
-def _plan_document(length: int, size: int, index: int, window: int | None, direct: int, moved: Moved) -> RingPlan:
-    return plan_exchange(cut_document(length, size), index, window, direct, moved)
+def _plan_document(
+    length: int, size: int, index: int, window: int | None, direct: int, ring_exchange: RingExchange
+) -> RingPlan:
+    return plan_exchange(cut_document(length, size), index, window, direct, ring_exchange)
 
 
 @dataclass(frozen=True)
@@ -138,14 +140,14 @@ class _Place:
 
     at              where the document begins on this member
     first, members  the first member of its ring, and the number of all
-    moved           what members send
+    ring_exchange   what members send
     before, after   messages of other rings that come first among those received in the step before, and in that after
     """
 
     at: int
     first: int
     members: int
-    moved: Moved
+    ring_exchange: RingExchange
     before: int
     after: int
 
@@ -157,7 +159,7 @@ class _Place:
         return all_rings.followed_by(Step(tuple(receives), tuple(sends), tuple(returns)))
 
     def _receive(self, each: Receive) -> Receive:
-        queries, keys = (self.at, 0) if self.moved == "keys" else (0, self.at)
+        queries, keys = (self.at, 0) if self.ring_exchange == "keys" else (0, self.at)
         blocks = tuple(_shifted(block, queries, keys) for block in each.blocks)
         gradient = None if each.gradient is None else replace(each.gradient, to=self._member(each.gradient.to))
         return replace(each, member=self._member(each.member), blocks=blocks, gradient=gradient)
@@ -174,14 +176,14 @@ class _Place:
     def _member(self, number: int) -> int:
         return (self.first + number) % self.members
 
-    def _own_spans(self, spans: Sequence[Span]) -> tuple[Span, ...]:
+    def _own_spans(self, spans: Sequence[Positions]) -> tuple[Positions, ...]:
         return tuple((self.at + start, self.at + stop) for start, stop in spans)
 
 
 def _shifted(block: AttentionBlock, queries: int, keys: int) -> AttentionBlock:
     """Move a block along the member's positions."""
-    moved = (queries + block.queries[0], queries + block.queries[1]), (keys + block.keys[0], keys + block.keys[1])
-    return replace(block, queries=moved[0], keys=moved[1])
+    shifted = (queries + block.queries[0], queries + block.queries[1]), (keys + block.keys[0], keys + block.keys[1])
+    return replace(block, queries=shifted[0], keys=shifted[1])
 
 
 def _own_lengths(pieces: Sequence[Piece], *, apart: bool) -> tuple[int, ...]:

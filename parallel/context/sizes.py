@@ -15,13 +15,6 @@ class ContextParallelSizes(Protocol):
     kv_heads: int
 
 
-def kind_problems(parallel: ParallelConfig) -> list[Problem]:
-    """Say if there is no such kind, whatever the number of ranks."""
-    if parallel.cp_kind in CONTEXT_KINDS:
-        return []
-    return [Problem("parallel.cp_kind", f"{parallel.cp_kind!r} does not exist", f"use {' or '.join(CONTEXT_KINDS)}")]
-
-
 def ring_problems(parallel: ParallelConfig, members: int) -> list[Problem]:
     """Say if queries would have to be handed on in a ring of so many members: they are only sent directly."""
     if parallel.ring_exchange != "queries" or members <= parallel.ring_direct:
@@ -34,8 +27,8 @@ def ring_problems(parallel: ParallelConfig, members: int) -> list[Problem]:
 def context_problems(shape: ContextParallelSizes, parallel: ParallelConfig, seq_len: int) -> list[Problem]:
     """List everything that keeps samples of `seq_len` positions from being cut `parallel.cp` ways."""
     kind, cp = parallel.cp_kind, parallel.cp
-    if unknown := kind_problems(parallel):
-        return unknown
+    if kind not in CONTEXT_KINDS:
+        return parallel.problems_of("cp_kind")
     if cp < 2:
         return []
     problems: list[Problem] = []

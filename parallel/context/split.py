@@ -24,7 +24,7 @@ from ...kernels.attention_blocks import Kernel
 from ...kernels.documents import Documents
 from ..config import CONTEXT_KINDS
 from ..mesh import Mesh
-from .blocks import Moved
+from .blocks import RingExchange
 from .exchange import measure_waiting
 from .ring import Ring, ring_attend, with_ring_part
 from .ring_call import on_device
@@ -49,17 +49,19 @@ class ContextParallel:
     """Cuts micro-batches over the cp axis of a mesh, and is the attention that knows of it (`kernels.attention.Attend`)."""
 
     def __init__(
-        self, mesh: Mesh, kind: str, kernel: Kernel = "cudnn", ring_direct: int = DIRECT, moved: Moved = "keys"
+        self, mesh: Mesh, kind: str, kernel: Kernel = "cudnn", ring_direct: int = DIRECT, ring_exchange: RingExchange = "keys"
     ) -> None:
         """Every rank of the cp axis makes one at the same time: the first message needs all of them.
 
-        kernel: what computes a rank's part; ring_direct: `parallel.ring_direct`; moved: `parallel.ring_exchange`.
+        kernel: what computes a rank's part; ring_direct: `parallel.ring_direct`; ring_exchange: `parallel.ring_exchange`.
         """
         assert kind in CONTEXT_KINDS, kind
         self._plain = CausalAttention(kernel)
         self._kind, self._size, self._index = kind, mesh.layout.cp, mesh.coordinates["cp"]
         self._group = mesh.group("cp")
-        self._ring = Ring(tuple(dist.get_process_group_ranks(self._group)), self._index, self._group, ring_direct, moved)
+        self._ring = Ring(
+            tuple(dist.get_process_group_ranks(self._group)), self._index, self._group, ring_direct, ring_exchange
+        )
         mesh.before_closing.append(measure_waiting(self._group, mesh.compute_time.ring_waiting))
         mesh.sum(torch.zeros((), device=mesh.device), "cp")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .blocks import AttentionBlock, Moved, PlacedPiece, Span, blocks_between, from_message_start, spans_of
+from .blocks import AttentionBlock, PlacedPiece, Positions, RingExchange, blocks_between, from_message_start, spans_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TravellingGradient:
 
     to: int
     length: int
-    keys: tuple[Span, ...]
+    keys: tuple[Positions, ...]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Send:
     """
 
     member: int
-    spans: tuple[Span, ...]
+    spans: tuple[Positions, ...]
     received: int | None = None
 
     @property
@@ -70,7 +70,7 @@ class Return:
 
     member: int
     length: int
-    spans: tuple[Span, ...] = ()
+    spans: tuple[Positions, ...] = ()
     onto: int | None = None
     travels: bool = False
 
@@ -88,19 +88,21 @@ class Step:
         return Step((*self.receives, *other.receives), (*self.sends, *other.sends), (*self.returns, *other.returns))
 
 
-def length_of(spans: Sequence[Span]) -> int:
+def length_of(spans: Sequence[Positions]) -> int:
     """Return the number of positions in spans."""
     return sum(stop - start for start, stop in spans)
 
 
-def direct_steps(placed: Sequence[Sequence[PlacedPiece]], index: int, window: int | None, moved: Moved = "keys") -> list[Step]:
+def direct_steps(
+    placed: Sequence[Sequence[PlacedPiece]], index: int, window: int | None, ring_exchange: RingExchange = "keys"
+) -> list[Step]:
     """Plan the N − 1 exchanges of member `index`, in which each sends to every other member itself.
 
     placed: the pieces of each member of documents that are cut; window: positions that a query sees; None: all before it
     """
 
     def computed(sender: int, receiver: int) -> list[AttentionBlock]:
-        queries, keys = (receiver, sender) if moved == "keys" else (sender, receiver)
+        queries, keys = (receiver, sender) if ring_exchange == "keys" else (sender, receiver)
         return blocks_between(placed[queries], placed[keys], window)
 
     size = len(placed)
@@ -108,9 +110,9 @@ def direct_steps(placed: Sequence[Sequence[PlacedPiece]], index: int, window: in
     for distance in range(1, size):
         source, target = (index - distance) % size, (index + distance) % size
         blocks = computed(source, index)
-        spans = spans_of(blocks, moved)
-        receive = Receive(source, length_of(spans), from_message_start(blocks, spans, moved))
-        send = Send(target, spans_of(computed(index, target), moved))
+        spans = spans_of(blocks, ring_exchange)
+        receive = Receive(source, length_of(spans), from_message_start(blocks, spans, ring_exchange))
+        send = Send(target, spans_of(computed(index, target), ring_exchange))
         returned = Return(target, send.length, send.spans)
         steps.append(Step((receive,) * bool(receive.length), (send,) * bool(send.length), (returned,) * bool(send.length)))
     return steps

@@ -43,7 +43,7 @@ BLANK = Row()
 
 
 @dataclass(frozen=True)
-class Span:
+class RowTime:
     """Times of a rank in a row: it arrives, starts when all that share documents with it have arrived, works, and waits.
 
     arrives, starts, worked, ends  seconds, or the unit of the costs, from the beginning of the step
@@ -120,13 +120,13 @@ class HybridAssignment:
         ranks_time = self.step_time(lengths, costs) * self.stages * len(self.rows)
         return 1 - sum(self.times(lengths, costs)) / ranks_time
 
-    def timeline(self, lengths: Sequence[int], costs: CostModel) -> list[list[Span]]:
+    def timeline(self, lengths: Sequence[int], costs: CostModel) -> list[list[RowTime]]:
         """Simulate the step. Returns for each rank when it runs its rows.
 
         Ranks whose documents hang together in a wave run their rows layer by layer at the pace of the slowest.
         """
         cost = costs.documents(lengths)
-        found: list[list[Span]] = [[] for _ in self.rows]
+        found: list[list[RowTime]] = [[] for _ in self.rows]
         waiting = [iter(rows) for rows in self.rows]
 
         def clock(rank: int) -> float:
@@ -136,7 +136,7 @@ class HybridAssignment:
             begin = max(clock(rank) for rank, _ in members)
             each = [self.row_cost(row, cost, costs) for _, row in members]
             for (rank, row), own in zip(members, each, strict=True):
-                found[rank].append(Span(row, clock(rank), begin, begin + own, begin + max(each)))
+                found[rank].append(RowTime(row, clock(rank), begin, begin + own, begin + max(each)))
 
         if self.lockstep:
             for rows in zip(*self.rows, strict=True):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from ...kernels.attention_blocks import Kernel
 from ...kernels.documents import Documents
-from ..context.blocks import Moved
+from ..context.blocks import RingExchange
 from ..context.exchange import measure_waiting
 from ..context.ring import Ring, ring_attend
 from ..mesh import Mesh
@@ -18,14 +18,14 @@ from ..mesh import Mesh
 class HybridAttention:
     """Causal attention inside documents, whole or shared. Implements `kernels.attention.Attend`."""
 
-    def __init__(self, mesh: Mesh, ring_direct: int, moved: Moved = "keys", kernel: Kernel = "cudnn") -> None:
+    def __init__(self, mesh: Mesh, ring_direct: int, ring_exchange: RingExchange = "keys", kernel: Kernel = "cudnn") -> None:
         """Every data rank makes one at the same time: the first message needs all of them.
 
-        ring_direct: `parallel.ring_direct`; moved: `parallel.ring_exchange`
+        ring_direct: `parallel.ring_direct`; ring_exchange: `parallel.ring_exchange`
         """
         group = mesh.group("data")
         self._kernel: Kernel = kernel
-        self._ring = Ring(tuple(dist.get_process_group_ranks(group)), mesh.data_rank, group, ring_direct, moved)
+        self._ring = Ring(tuple(dist.get_process_group_ranks(group)), mesh.data_rank, group, ring_direct, ring_exchange)
         mesh.before_closing.append(measure_waiting(group, mesh.compute_time.ring_waiting))
         mesh.sum(torch.zeros((), device=mesh.device), "data")
 

@@ -17,7 +17,7 @@ from .lockstep import fewest_rows, first_fast, plans_of_rows
 
 TRIED = (0.5, 0.75, 1.0)
 """Numbers of rows that a plan begins with, over the fewest that hold the tokens. Documents that fit into none get new ones."""
-SHARING = ((1.0, 1.0), (0.25, 0.0), (0.1, 0.0))
+PIPELINED_SHARING = ((1.0, 1.0), (0.25, 0.0), (0.1, 0.0))
 """Ways of sharing that are tried, as `lockstep.SHARING`."""
 
 
@@ -39,7 +39,9 @@ def pipelined(
     """
     least = fewest_rows(lengths, ranks, capacity)
     cost = costs.documents(lengths)
-    plans = plans_of_rows(lengths, ranks, capacity, cost, sorted({max(1, round(part * least)) for part in TRIED}), SHARING)
+    plans = plans_of_rows(
+        lengths, ranks, capacity, cost, sorted({max(1, round(part * least)) for part in TRIED}), PIPELINED_SHARING
+    )
     legal = (replace(_legal(plan, can_run), lockstep=together, stages=stages) for plan in plans)
     slowest = costs.row + max(cost, default=0.0) / ranks
     bound = (least_time(lengths, ranks, capacity, costs) + (stages - 1) * slowest) / stages

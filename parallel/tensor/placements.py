@@ -39,7 +39,7 @@ Where = Placement | Literal["stream"]
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """The placements of one module's weight, input and output on the tensor-parallel axis.
 
     weight            placement of its weight
@@ -57,19 +57,19 @@ class Place:
 
 
 PLACES = {
-    TensorRole.COLUMN: Place(weight=Shard(0), input_layout=Replicate(), output_layout=Shard(-1)),
-    TensorRole.KEY_VALUE: Place(weight=Shard(0), input_layout=Replicate(), output_layout=Shard(-1)),
-    TensorRole.ROW: Place(weight=Shard(1), input_layout=Shard(-1), output_layout=STREAM),
-    TensorRole.NORM: Place(weight=Replicate(), input_layout=STREAM, output_layout=Replicate(), use_local_output=False),
-    TensorRole.POST_NORM: Place(weight=Replicate(), input_layout=STREAM, output_layout=STREAM),
-    TensorRole.HEADS_NORM: Place(weight=Shard(0), input_layout=Shard(-1), output_layout=Shard(-1)),
-    TensorRole.KEY_HEADS_NORM: Place(weight=Shard(0), input_layout=Shard(-1), output_layout=Shard(-1)),
-    TensorRole.HEADS_VECTOR: Place(weight=Shard(0), input_layout=Replicate(), output_layout=Shard(0)),
-    TensorRole.LATENT: Place(Replicate(), input_layout=Replicate(), output_layout=Replicate(), use_local_output=False),
-    TensorRole.SHARED: Place(Replicate(), input_layout=Replicate(), output_layout=Replicate(), gradient=Partial()),
-    TensorRole.EMBEDDING: Place(weight=Shard(0), input_layout=Replicate(), output_layout=STREAM),
-    TensorRole.TOKENS: Place(weight=Replicate(), input_layout=STREAM, output_layout=STREAM),
-    TensorRole.HEAD: Place(weight=Shard(0), input_layout=Replicate(), output_layout=Replicate()),
+    TensorRole.COLUMN: TensorPlace(weight=Shard(0), input_layout=Replicate(), output_layout=Shard(-1)),
+    TensorRole.KEY_VALUE: TensorPlace(weight=Shard(0), input_layout=Replicate(), output_layout=Shard(-1)),
+    TensorRole.ROW: TensorPlace(weight=Shard(1), input_layout=Shard(-1), output_layout=STREAM),
+    TensorRole.NORM: TensorPlace(weight=Replicate(), input_layout=STREAM, output_layout=Replicate(), use_local_output=False),
+    TensorRole.POST_NORM: TensorPlace(weight=Replicate(), input_layout=STREAM, output_layout=STREAM),
+    TensorRole.HEADS_NORM: TensorPlace(weight=Shard(0), input_layout=Shard(-1), output_layout=Shard(-1)),
+    TensorRole.KEY_HEADS_NORM: TensorPlace(weight=Shard(0), input_layout=Shard(-1), output_layout=Shard(-1)),
+    TensorRole.HEADS_VECTOR: TensorPlace(weight=Shard(0), input_layout=Replicate(), output_layout=Shard(0)),
+    TensorRole.LATENT: TensorPlace(Replicate(), input_layout=Replicate(), output_layout=Replicate(), use_local_output=False),
+    TensorRole.SHARED: TensorPlace(Replicate(), input_layout=Replicate(), output_layout=Replicate(), gradient=Partial()),
+    TensorRole.EMBEDDING: TensorPlace(weight=Shard(0), input_layout=Replicate(), output_layout=STREAM),
+    TensorRole.TOKENS: TensorPlace(weight=Replicate(), input_layout=STREAM, output_layout=STREAM),
+    TensorRole.HEAD: TensorPlace(weight=Shard(0), input_layout=Replicate(), output_layout=Replicate()),
 }
 
 
@@ -204,7 +204,9 @@ def _cut(module: nn.Module, mesh: DeviceMesh, placement: Placement, known: dict[
         module.register_parameter(key, known[parameter])
 
 
-def _place(module: nn.Module, mesh: DeviceMesh, place: Place, stream: Stream, known: dict[nn.Parameter, nn.Parameter]) -> None:
+def _place(
+    module: nn.Module, mesh: DeviceMesh, place: TensorPlace, stream: Stream, known: dict[nn.Parameter, nn.Parameter]
+) -> None:
     def enter(_module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
         (x,) = inputs
         return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, stream.at(place.input_layout), run_check=False)

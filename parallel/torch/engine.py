@@ -62,7 +62,7 @@ class TorchEngine:
         plan = settings.stages or StagePlan.single(len(model.block_modules()))
         assert plan.count == stage_count(parallel), f"{plan.count} stages are no division for parallel.pp={parallel.pp}"
         stages = own_stages(model, plan, mesh.coordinates["pp"])
-        ring: dict[str, Any] = {"ring_direct": parallel.ring_direct, "moved": parallel.ring_exchange}
+        ring: dict[str, Any] = {"ring_direct": parallel.ring_direct, "ring_exchange": parallel.ring_exchange}
         context = ContextParallel(mesh, parallel.cp_kind, **ring) if mesh.layout.cp > 1 else None
         attention = HybridAttention(mesh, **ring) if parallel.hdp != "none" else context
         groups = parameter_groups(parallel, mesh.layout, experts_of(model))

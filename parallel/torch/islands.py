@@ -49,7 +49,7 @@ def layers_of_weights(model: Model) -> dict[str, int | None]:
 
 
 @dataclass
-class Turn:
+class TravelGroup:
     """Weights that travel together.
 
     own, outer   this rank's shards of the island's weights, which the inner optimizer updates, and of the outer weights
@@ -76,7 +76,7 @@ class Islands:
     config: LocalConfig
     mesh: Mesh
     weights: Weights
-    turns: list[Turn]
+    turns: list[TravelGroup]
     rounds: Rounds = field(init=False)
     _tokens: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
     _losses: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
@@ -100,14 +100,14 @@ class Islands:
         hosts = mesh.group_of_hosts() if config.aggregate == "geometric_median" else None
         copies = mesh.weight_axes["dense"].copies
 
-        def turn(names: Sequence[str]) -> Turn:
+        def turn(names: Sequence[str]) -> TravelGroup:
             own = [weights.local[name].tensor.detach() for name in names]
             counts = [copies.size() / weights.placed[name].copies for name in names]
             gram = None if hosts is None else GramSum(hosts, counts)
             route = Route(mesh, copies, wire_of(config.dtype), [each.shape for each in own], own[0] if own else None, gram)
             momenta = [torch.zeros_like(each) for each in own] if config.momentum else []
             difference = [torch.zeros_like(each) for each in own] if config.delay else []
-            return Turn(names, own, [each.clone() for each in own], momenta, difference, route)
+            return TravelGroup(names, own, [each.clone() for each in own], momenta, difference, route)
 
         turns = [turn(names) for names in Rounds(config).split({name: layers[name] for name in weights.local})]
         return cls(config, mesh, weights, turns)
@@ -130,7 +130,7 @@ class Islands:
         )
 
     @staticmethod
-    def _arrives(turn: Turn, step: int) -> bool:
+    def _arrives(turn: TravelGroup, step: int) -> bool:
         return turn.flight is not None and step >= turn.flight.due
 
     @torch.no_grad()
@@ -168,7 +168,7 @@ class Islands:
         return self.config.delay == self.config.inner_steps
 
     @staticmethod
-    def _difference(turn: Turn) -> list[torch.Tensor]:
+    def _difference(turn: TravelGroup) -> list[torch.Tensor]:
         """Return outer weights minus the island's: in the arrays that are kept under a delay, otherwise in new ones."""
         if not turn.difference:
             return [outer - own for outer, own in zip(turn.outer, turn.own, strict=True)]
@@ -176,7 +176,7 @@ class Islands:
             torch.sub(outer, own, out=into)
         return turn.difference
 
-    def _send(self, turn: Turn, leaving: list[torch.Tensor], step: int, *, stop: bool, last: bool) -> None:
+    def _send(self, turn: TravelGroup, leaving: list[torch.Tensor], step: int, *, stop: bool, last: bool) -> None:
         due = step if last else step + self.config.delay
         tokens = float(self._tokens_since(turn))
         header = Header(tokens, stop)
@@ -185,7 +185,7 @@ class Islands:
         turn.sent_at, turn.before = step, 0.0
         turn.flight = turn.route.send(leaving, due, header)
 
-    def _arrive(self, turn: Turn) -> bool:
+    def _arrive(self, turn: TravelGroup) -> bool:
         assert turn.flight is not None
         mean, stops = turn.route.receive(turn.flight)
         if turn.flight.loss is not None:
@@ -199,7 +199,7 @@ class Islands:
             _copy(turn.own, turn.outer)
         return stops
 
-    def _tokens_since(self, turn: Turn) -> torch.Tensor | float:
+    def _tokens_since(self, turn: TravelGroup) -> torch.Tensor | float:
         """Return the tokens that the island has learned from since differences left last; on the device, if there are some."""
         return _sum_since(self._tokens, turn.sent_at) + turn.before
 

@@ -19,6 +19,7 @@ from meshloom.models.config import DecoderConfig
 from meshloom.models.decoder import Decoder
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.config import AdamWConfig
+from meshloom.parallel import config as parallel_config
 from meshloom.parallel.capabilities import model_problems
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import EngineSettings
@@ -87,6 +88,10 @@ def test_tensor_ranks_double_as_expert_ranks() -> None:
 )
 def test_stages_lie_on_ranks_in_rows_or_folded(schedule: str, ranks: list[int]) -> None:
     assert stage_ranks(ParallelConfig(pp=4, schedule=schedule)) == ranks
+
+
+def test_every_schedule_of_the_config_has_properties() -> None:
+    assert tuple(SCHEDULES) == parallel_config.SCHEDULES
 
 
 @given(st.sampled_from([*SCHEDULES]), st.integers(2, 6), st.integers(1, 40))
@@ -196,7 +201,7 @@ BROKEN: list[tuple[tuple[ParallelConfig, Work, int], str]] = [
     ),
     (
         broken(8, cp=2, cp_kind="star"),
-        "parallel.cp_kind: 'star' does not exist; use ring or ulysses",
+        "parallel.cp_kind: there is no 'star'; use ring or ulysses",
     ),
     (
         broken(8, {"seq_len": 1001}, cp=4),

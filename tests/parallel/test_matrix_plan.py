@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from meshloom.parallel.exchange_levels import exchange_levels
-from meshloom.parallel.matrix_plan import MatrixPlan, Parts, Span, Wave, choose_owners
+from meshloom.parallel.matrix_plan import MatrixPlan, MatrixSpan, Parts, Wave, choose_owners
 from meshloom.parallel.routes import Hop, Numbers
 
 MATRICES = ((12, 5), (7, 4), (3, 3), (2, 6), (12, 5))
-SPANS: list[Span] = [*((number, 0, *shape) for number, shape in enumerate(MATRICES)), (5, 0, 4, 3), (5, 4, 4, 3)]
+SPANS: list[MatrixSpan] = [*((number, 0, *shape) for number, shape in enumerate(MATRICES)), (5, 0, 4, 3), (5, 4, 4, 3)]
 SHAPES = (*MATRICES, (8, 3))  # the last stacks two
 
 

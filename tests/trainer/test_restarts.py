@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from meshloom.checkpoint.identity import RunIdentity
-from meshloom.trainer.find_checkpoint import resumes_own
+from meshloom.trainer.find_checkpoint import continues_own_run
 from meshloom.trainer.identity import take_over_metrics
 
 SCHEDULERS = [("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
@@ -27,15 +27,15 @@ def test_only_a_job_that_began_the_run_goes_on_with_it(
     monkeypatch.setenv(job, "17")
     monkeypatch.setenv(count, "0")
     take_over_metrics(tmp_path, RunIdentity.new())
-    assert not resumes_own(resume, tmp_path), "a first start begins where it was asked"
+    assert not continues_own_run(resume, tmp_path), "a first start begins where it was asked"
     monkeypatch.setenv(count, "1")
-    assert resumes_own(resume, tmp_path)
+    assert continues_own_run(resume, tmp_path)
     monkeypatch.setenv(job, "18")
-    assert not resumes_own(resume, tmp_path), "it was stopped before it took the folder over from job 17"
+    assert not continues_own_run(resume, tmp_path), "it was stopped before it took the folder over from job 17"
     take_over_metrics(tmp_path, RunIdentity.new())
-    assert resumes_own(resume, tmp_path)
+    assert continues_own_run(resume, tmp_path)
 
 
 def test_auto_always_goes_on(tmp_path: Path) -> None:
-    assert resumes_own("auto", tmp_path) and resumes_own("auto:there", tmp_path)
-    assert not resumes_own("none", tmp_path)
+    assert continues_own_run("auto", tmp_path) and continues_own_run("auto:there", tmp_path)
+    assert not continues_own_run("none", tmp_path)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from meshloom.kernels.attention import CausalAttention
 from meshloom.kernels.documents import Documents
 from meshloom.parallel.config import RING_EXCHANGES
-from meshloom.parallel.context.blocks import AttentionBlock, Moved
+from meshloom.parallel.context.blocks import AttentionBlock, RingExchange
 from meshloom.parallel.context.ring import Ring, ring_attend, with_ring_part
 from meshloom.parallel.context.ring_plan import RingPlan, plan_documents, plan_rings
 from meshloom.parallel.context.steps import Step
@@ -93,7 +93,7 @@ def share(
     compiled: bool = False,
     scores: Scores = Scores(),
     direct: int = 8,
-    moved: Moved = "keys",
+    ring_exchange: RingExchange = "keys",
     mean: float = 0.0,
 ) -> list[torch.Tensor]:
     """This rank's output and gradients in a ring of these members.
@@ -106,7 +106,7 @@ def share(
     mine = indices(length, len(members), at, documents)
     *leaves, dout = (taken(tensor, mine) for tensor in inputs(length, kv_heads, dtype, mean))
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    ring = Ring(tuple(members), at, group, direct, moved)
+    ring = Ring(tuple(members), at, group, direct, ring_exchange)
     packed = None if documents is None else with_ring_part(Documents.of(documents), len(members), at)
 
     how = scores.arguments()
@@ -158,9 +158,13 @@ def cases(size: int) -> list[tuple[int, int, torch.Tensor | None]]:
 
 
 def _every_case(rank: int, size: int) -> list[list[torch.Tensor]]:
-    ways: list[tuple[int, Moved]] = [(8, "keys"), (1, "keys"), (8, "queries")]
+    ways: list[tuple[int, RingExchange]] = [(8, "keys"), (1, "keys"), (8, "queries")]
     members = list(range(size))
-    return [share(rank, members, *case, direct=direct, moved=moved) for direct, moved in ways for case in cases(size)]
+    return [
+        share(rank, members, *case, direct=direct, ring_exchange=ring_exchange)
+        for direct, ring_exchange in ways
+        for case in cases(size)
+    ]
 
 
 @pytest.mark.parametrize("size", UNEVEN)
@@ -178,8 +182,8 @@ SCORES = (Scores(1), Scores(5), Scores(17), Scores(None, 0.6), Scores(7, 0.9, wi
 def _every_score(rank: int, size: int) -> list[list[torch.Tensor]]:
     documents = documents_of(24, DOCUMENTS["many"])
     return [
-        share(rank, list(range(size)), 24, 2, packed, scores=scores, moved=moved)
-        for moved in RING_EXCHANGES
+        share(rank, list(range(size)), 24, 2, packed, scores=scores, ring_exchange=ring_exchange)
+        for ring_exchange in RING_EXCHANGES
         for scores in SCORES
         for packed in (None, documents)
     ]
@@ -239,8 +243,11 @@ def test_float32_stays_within_rounding() -> None:
 
 
 def _in_bf16(rank: int, size: int) -> list[list[torch.Tensor]]:
-    ways: list[tuple[int, Moved]] = [(8, "keys"), (1, "keys"), (8, "queries")]
-    return [share(rank, list(range(size)), 128, 1, None, torch.bfloat16, direct=direct, moved=moved) for direct, moved in ways]
+    ways: list[tuple[int, RingExchange]] = [(8, "keys"), (1, "keys"), (8, "queries")]
+    return [
+        share(rank, list(range(size)), 128, 1, None, torch.bfloat16, direct=direct, ring_exchange=ring_exchange)
+        for direct, ring_exchange in ways
+    ]
 
 
 def test_gradients_are_summed_in_fp32() -> None:
@@ -264,7 +271,7 @@ ROUNDED = [(Scores(150), 0.0), (Scores(150, 0.9, with_sinks=True), 0.0), (Scores
 def _in_bf16_through_windows(rank: int, size: int) -> list[list[torch.Tensor]]:
     ring = list(range(size))
     return [
-        share(rank, ring, 256, HEADS, None, torch.bfloat16, scores=scores, moved="queries", mean=mean)[:4]
+        share(rank, ring, 256, HEADS, None, torch.bfloat16, scores=scores, ring_exchange="queries", mean=mean)[:4]
         for scores, mean in ROUNDED
     ]
 
@@ -299,7 +306,7 @@ def pairs_of_steps(
     plans: list[RingPlan],
     holds: list[list[int]],
     seen: Callable[[AttentionBlock], Iterator[tuple[int, int]]],
-    moved: Moved,
+    ring_exchange: RingExchange,
 ) -> Counter[tuple[int, int]]:
     """Play the messages of plans with positions in place of what is moved, and with pairs in place of results.
 
@@ -324,7 +331,7 @@ def pairs_of_steps(
                 message = keys[receive.member, member].pop(0) if receive.length else []
                 assert len(message) == receive.length
                 arrived[member].append(message)
-                queries, held = (holds[member], message) if moved == "keys" else (message, holds[member])
+                queries, held = (holds[member], message) if ring_exchange == "keys" else (message, holds[member])
                 found = Counter((queries[q], held[k]) for block in receive.blocks for q, k in seen(block))
                 to, length = receive.member, receive.length
                 if receive.gradient is not None:
@@ -340,7 +347,7 @@ def pairs_of_steps(
                 assert length == returned.length
                 if returned.onto is None:
                     spans = {holds[member][at] for start, stop in returned.spans for at in range(start, stop)}
-                    assert len(spans) == length and {pair[moved == "keys"] for pair in found} <= spans
+                    assert len(spans) == length and {pair[ring_exchange == "keys"] for pair in found} <= spans
                     home += found
                 else:
                     travelling[member][returned.onto] = found
@@ -349,7 +356,7 @@ def pairs_of_steps(
 
 
 def assert_pairs_once(
-    plans: list[RingPlan], holds: list[list[int]], sequence: list[int], window: int | None, moved: Moved
+    plans: list[RingPlan], holds: list[list[int]], sequence: list[int], window: int | None, ring_exchange: RingExchange
 ) -> None:
     """Own sequences and blocks together are exactly the causal pairs inside sequences, and each result comes home.
 
@@ -373,10 +380,10 @@ def assert_pairs_once(
             at += own
         pairs.update((holds[member][q], holds[member][k]) for block in plan.own_blocks for q, k in seen(block))
         assert at == len(holds[member])
-        for each in (to for step in plan.steps for to in step.receives if moved == "queries"):
+        for each in (to for step in plan.steps for to in step.receives if ring_exchange == "queries"):
             met = Counter(q for block in each.blocks for q in range(*block.queries))
             assert set(met.values()) <= {1, 2}, "gradients of queries are summed in their own type"
-    pairs += pairs_of_steps(plans, holds, seen, moved)
+    pairs += pairs_of_steps(plans, holds, seen, ring_exchange)
     expected = {(q, k) for q in range(len(sequence)) for k in range(q + 1) if sequence[q] == sequence[k]}
     expected = {(q, k) for q, k in expected if window is None or q - k < window}
     assert set(pairs) == expected
@@ -391,15 +398,15 @@ MOVED = st.sampled_from(RING_EXCHANGES)
 @given(packed_rows(), st.none() | st.integers(1, 40), DIRECT, MOVED)
 @settings(deadline=None, max_examples=250)
 def test_plans_cover_each_pair_of_positions_once(
-    case: tuple[list[int], int, int], window: int | None, direct: int, moved: Moved
+    case: tuple[list[int], int, int], window: int | None, direct: int, ring_exchange: RingExchange
 ) -> None:
     bounds, length, size = case
     sequence = [sum(position >= bound for bound in bounds) for position in range(bounds[-1])]
     dealt = deal_pieces(tuple(bounds), length, size)
     holds = [[at for piece in pieces for at in range(piece.start, piece.start + piece.length)] for pieces in dealt]
     assert sorted(position for held_by in holds for position in held_by) == list(range(bounds[-1]))
-    plans = [plan_documents(tuple(bounds), length, size, member, window, direct, moved) for member in range(size)]
-    assert_pairs_once(plans, holds, sequence, window, moved)
+    plans = [plan_documents(tuple(bounds), length, size, member, window, direct, ring_exchange) for member in range(size)]
+    assert_pairs_once(plans, holds, sequence, window, ring_exchange)
 
 
 @st.composite
@@ -413,7 +420,7 @@ def rings(draw: st.DrawFn) -> tuple[int, list[tuple[int, int, int]]]:
 @given(rings(), st.none() | st.integers(1, 40), DIRECT, MOVED)
 @settings(deadline=None, max_examples=150)
 def test_rings_of_any_runs_cover_each_pair_once(
-    case: tuple[int, list[tuple[int, int, int]]], window: int | None, direct: int, moved: Moved
+    case: tuple[int, list[tuple[int, int, int]]], window: int | None, direct: int, ring_exchange: RingExchange
 ) -> None:
     members, shared = case
     holds: list[list[int]] = []
@@ -433,10 +440,10 @@ def test_rings_of_any_runs_cover_each_pair_once(
         alone = range(before + member, before + member + 1)  # a document of its own behind them
         holds.append([*held, *alone])
         rings_of_row = (members, len(own), *(number for ring in own for number in ring), 1)
-        plans.append(plan_rings(rings_of_row, member, window, direct, moved))
+        plans.append(plan_rings(rings_of_row, member, window, direct, ring_exchange))
     sequence = [number for number, (length, *_) in enumerate(shared) for _ in range(length)]
     sequence += [len(shared) + member for member in range(members)]
-    assert_pairs_once(plans, holds, sequence, window, moved)
+    assert_pairs_once(plans, holds, sequence, window, ring_exchange)
 
 
 @pytest.mark.parametrize("size", [3, 4, 12])
@@ -513,20 +520,22 @@ def _bytes_sent(rank: int, size: int) -> list[list[int]]:
     dist.batch_isend_irecv = counted
     group = dist.group.WORLD
     assert group is not None
-    for moved, kv_heads, dtype in BYTES:
+    for ring_exchange, kv_heads, dtype in BYTES:
         sent = 0
         *leaves, dout = (taken(x, indices(64, size, rank)) for x in inputs(64, kv_heads, dtype))
         leaves = [leaf.requires_grad_() for leaf in leaves]
-        out = ring_attend(leaves[0], leaves[1], leaves[2], length=64, ring=Ring(tuple(range(size)), rank, group, 8, moved))
+        out = ring_attend(
+            leaves[0], leaves[1], leaves[2], length=64, ring=Ring(tuple(range(size)), rank, group, 8, ring_exchange)
+        )
         forward = sent
         out.backward(dout)
         found.append([forward, sent - forward])
     return found
 
 
-BYTES: list[tuple[Moved, int, torch.dtype]] = [
-    (moved, kv_heads, dtype)
-    for moved in ("keys", "queries")
+BYTES: list[tuple[RingExchange, int, torch.dtype]] = [
+    (ring_exchange, kv_heads, dtype)
+    for ring_exchange in ("keys", "queries")
     for kv_heads in (1, HEADS)
     for dtype in (torch.bfloat16, torch.float64)
 ]
@@ -535,11 +544,11 @@ BYTES: list[tuple[Moved, int, torch.dtype]] = [
 def test_messages_have_the_bytes_that_are_predicted() -> None:
     """Of three quarters of the positions: keys and values, and their gradients; or queries, outputs, and what is theirs."""
     size, results = 4, run_ranks(4, _bytes_sent)
-    for number, (moved, kv_heads, dtype) in enumerate(BYTES):
+    for number, (ring_exchange, kv_heads, dtype) in enumerate(BYTES):
         unit, positions = dtype.itemsize, ROWS * 64 * (size - 1) * 3 // 4
         row, key, query = HEADS * max(unit, 4), kv_heads * DIM * unit, HEADS * DIM * unit
-        expected = (2 * key, 4 * key) if moved == "keys" else (2 * query + row, 3 * query + 2 * row)
+        expected = (2 * key, 4 * key) if ring_exchange == "keys" else (2 * query + row, 3 * query + 2 * row)
         widths = {"q_width": HEADS * DIM, "kv_width": kv_heads * DIM, "heads": HEADS, "unit": unit}
         for way, (backward, each) in enumerate(zip((False, True), expected, strict=True)):
             assert sum(result[number][way] for result in results) == positions * each
-            assert sum(position_bytes(moved, **widths, backward=backward)) == each
+            assert sum(position_bytes(ring_exchange, **widths, backward=backward)) == each
