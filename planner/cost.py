@@ -48,6 +48,7 @@ class RankCost:
     activations kept for backward passes, at most at once
     working     what lives for moments: the loss's logits, one block's backward pass, buffers between stages; and, though it is
                 kept, what weights and gradients are sent from and received in by copy engines
+    late        of that the part beside all gradients, without the loss, whose memory is free again by then
     """
 
     layers: list[range]
@@ -61,6 +62,7 @@ class RankCost:
     optimizer: int | None
     activations: int
     working: int
+    late: int
 
     def whole(self, layout: Layout) -> int:
         """Return the elements of its weights where they are gathered."""
@@ -68,11 +70,11 @@ class RankCost:
 
     @property
     def total(self) -> int:
-        """Peak bytes, by this account. Activations are freed as gradients appear, so the peak is at the end of the forward pass
-        or of the last backward pass.
+        """Peak bytes, by this account. Activations are freed as gradients appear, so the peak is at the end of the forward
+        pass, where the loss is computed, or of the last backward pass.
         """
-        most = max(self.held + self.activations, self.gradients)
-        return self.weights + self.gathered + (self.optimizer or 0) + most + self.working
+        most = max(self.held + self.activations + self.working, self.gradients + self.late)
+        return self.weights + self.gathered + (self.optimizer or 0) + most
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ def _rank_cost(
     forward_pass = job.forward_pass(parallel)
     hidden = _hidden_bytes(model, parallel, job)
     tokens = job.micro_batches * job.tokens / parallel.cp / parallel.tp
+    beside = parcels + _unsent_bytes(rank, plan, job, hidden)
     return RankCost(
         layers=[plan.layers[stage] for stage in mine],
         elements=sum(group.padded for group in own),
@@ -187,7 +190,8 @@ def _rank_cost(
         held=weights.left,
         optimizer=state,
         activations=_activation_bytes(rank, model, plan, job, forward_pass, hidden, order),
-        working=_working_bytes(model, job, forward_pass, loss=last in mine) + parcels + _unsent_bytes(rank, plan, job, hidden),
+        working=_working_bytes(model, job, forward_pass, loss=last in mine) + beside,
+        late=_working_bytes(model, job, forward_pass, loss=False) + beside,
     )
 
 

@@ -510,3 +510,18 @@ def test_every_action_runs_once_and_not_before_its_input(schedule: str, pp: int,
         for span in row:
             if span.action.kind == "F" and span.action.stage:
                 assert span.start >= ends["F", span.action.stage - 1, span.action.micro]
+
+
+@pytest.mark.parametrize(("seq_len", "micro", "gib"), [(4096, 1, 36.40), (8192, 2, 45.26), (2048, 4, 39.99)])
+def test_the_peak_is_that_of_an_h200(seq_len: int, micro: int, gib: float) -> None:
+    """Rows of `benchmarks/planner/rows_h200.json`. In the first one all gradients are larger than the activations, and the
+    loss's memory is free by then.
+    """
+    shape = decoder_inventory(
+        DecoderConfig(vocabulary=128_256, dim=4096, layers=6, heads=32, kv_heads=8, ffn_dim=14336, tied=False)
+    )
+    job = Job(seq_len, micro, 1, "bf16", ["none"] * 6, True, fused=True)
+    optimizer = optimizer_bytes(AdamWConfig())
+    assert optimizer is not None
+    (rank,) = layout_cost(shape, ParallelConfig(zero=1), Layout(), job, optimizer).ranks
+    assert rank.total / 2**30 == pytest.approx(gib, rel=0.005)
