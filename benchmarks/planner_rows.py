@@ -7,7 +7,8 @@
 Works are models of 0.3–8B by their width, with fewer layers where the GPU needs it, at 2,048 to 32,768 positions. They stand in
 the order of what they tell, and none is begun after `seconds`, so that a cut loses the last ones. First three processes compile
 works beside each other, each with one layer, for at most half of the time: what they compile is kept on disk. When they have
-ended, one process takes it from there, builds each work and times it, and nothing else runs on the GPU or its host.
+ended, one process takes it from there, builds each work and times it, and nothing else runs on the GPU or its host. It chooses
+the attention kernels, too, and rows tell which: times that are taken beside other processes' work choose at random.
 """
 
 # pyright: reportMissingImports=false, reportUnknownLambdaType=false, reportUnknownParameterType=false
@@ -173,8 +174,10 @@ class Bench:
             row["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         return row
 
-    def _steps(self, work: Work, shape: DecoderConfig, count: int) -> tuple[list[float], dict[str, bool]]:
-        """Run steps of a work. Return their seconds, and which kernels computed it: fields of `planner.memory.Job`."""
+    def _steps(self, work: Work, shape: DecoderConfig, count: int) -> tuple[list[float], dict[str, bool | str]]:
+        """Run steps of a work. Return their seconds, and which kernels computed it: fields of `planner.memory.Job`, and on a
+        GPU attention's.
+        """
         import torch
 
         from meshloom.kernels import swiglu
@@ -184,6 +187,7 @@ class Bench:
         from meshloom.optim.optimizers.adamw import AdamW
         from meshloom.optim.optimizers.config import AdamWConfig
         from meshloom.optim.optimizers.parameters import NamedParameter, Shards
+        from meshloom.parallel.attention_choice import choose_attention
         from meshloom.parallel.division import divide_blocks
         from meshloom.parallel.engine import EngineSettings
         from meshloom.parallel.engines import make_engine
@@ -201,13 +205,15 @@ class Bench:
             policies=policies, stages=stages, seed=1, precision=self._precision, compile=work.compile, float8=work.float8,
             seq_len=work.seq, balance=BalanceConfig(),
         )  # fmt: skip
-        kernels = {
+        kernels: dict[str, bool | str] = {
             "fused": fused_swiglu_blocker(shape, self._parallel, how) is None
             and swiglu.unsupported_reason(self._device) is None,
             "fused_experts": fused_experts_blocker(shape, self._parallel, how) is None
             and experts.unsupported_reason(self._device) is None,
         }
         engine = make_engine(model, self._mesh, optimizer, self._parallel, how)
+        if not self._settings.cpu:  # as the engine chose, by what is remembered
+            kernels["attention"] = choose_attention(shape, self._mesh, self._parallel, work.seq)
         share, tokens = self._share(work, shape.known_vocabulary)
         stamps = [DeviceTimestamp(self._device)]
         for _ in range(count):
@@ -242,7 +248,9 @@ class Bench:
 def compile_works(settings: Settings, works: Queue[Any], ready: Any, end: float) -> None:
     """Compile works until there are none, or the time is over. One that fails does so again where it is measured."""
     importlib.import_module("torch")  # before the calibration ends
+    from meshloom.parallel import attention_choice
 
+    attention_choice.remember = lambda record, work, times: None  # the measuring process times kernels alone
     ready.wait()
     bench = Bench(settings)
     while (work := works.get()) is not None and time.time() < end:

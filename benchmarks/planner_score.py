@@ -208,7 +208,7 @@ UNSTEADY = 1.05
 def score_own(path: Path) -> None:
     """Score rows of `planner_rows.py`: every second one fits the speed, the others are scored; memory of all of them.
 
-    Rows whose steps are unsteady keep their place in that order, and are counted only where all rows are.
+    Rows that are not counted, in float8 or with unsteady steps, keep their place in that order.
     """
     import planner_rows
 
@@ -231,7 +231,8 @@ def score_own(path: Path) -> None:
             rows.append(Row((name,), step, values["tokens_per_s_gpu"], name, work.micro * work.many * work.seq))
         steady = [values["seconds"] <= UNSTEADY * values["least"] for values in measured]
         speed = base.rates.speed
-        for which, counted in (("all rows", [True] * len(rows)), ("steady rows", steady)):
+        bf16 = [values["float8"] == "none" for values in measured]
+        for which, counted in (("bf16 rows", bf16), ("all rows", [True] * len(rows)), ("steady rows", steady)):
             used, scored = ([row for at, row in enumerate(rows) if counted[at] and at % 2 == half] for half in (0, 1))
             speed = fitted(used)
             for how, each in (("one speed fitted to every second row", speed), ("nothing fitted", base.rates.speed)):
