@@ -107,7 +107,7 @@ class Model(nn.Module):
         """Return a parameter's initial distribution: matrices normal with 0.02, biases zero, other vectors (norms) one."""
         if name in self.matrix_names:
             return Normal(0.02)
-        return Filled(0.0 if name.rpartition(".")[2] == "bias" else 1.0)
+        return Filled(0.0 if is_bias(name) else 1.0)
 
     def decays(self, name: str) -> bool:
         """Return whether weight decay applies to a parameter: it does to matrices."""
@@ -134,6 +134,11 @@ class Model(nn.Module):
         if self.decoder_config is not None:
             return flops_per_token(self.decoder_config, seq_len)
         return 6.0 * sum(parameter.numel() for parameter in self.parameters())
+
+
+def is_bias(name: str) -> bool:
+    """Return whether a vector is a bias by its name, such as `bias`, `in_proj_bias` (attention) or `bias_ih_l0` (RNNs)."""
+    return "bias" in name.rpartition(".")[2]
 
 
 def decoder_shape(model: Model) -> DecoderConfig:

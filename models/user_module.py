@@ -7,6 +7,7 @@ ask for; with `targets` it returns the sum of token losses.
 from __future__ import annotations
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from ..config.problems import ConfigError, Problem
 from ..kernels.documents import Documents
 from ..kernels.loss import IGNORED
-from .protocol import Model, lacks
+from .protocol import Model, is_bias, lacks
 
 
 @contextmanager
@@ -100,6 +101,18 @@ def _largest_list(module: nn.Module) -> tuple[nn.Module, ...]:
     return max(uniform, key=size, default=())
 
 
+def _unknown_vectors(model: Model) -> list[str]:
+    """Return the names of a module's vectors that are neither norms' weights nor biases, with * for the numbers of layers."""
+    norms = {
+        id(parameter)
+        for module in model.modules()
+        if any("norm" in kind.__name__.lower() for kind in type(module).__mro__)
+        for parameter in module.parameters(recurse=False)
+    }
+    names = [name for name, parameter in model.named_parameters() if parameter.dim() < 2 and id(parameter) not in norms]
+    return sorted({re.sub(r"\b\d+\b", "*", name) for name in names if not is_bias(name)})
+
+
 def defaults_used(model: Model) -> list[str]:
     """List, in sentences, the defaults that a user's own module is given. Empty for a decoder."""
     if model.decoder_config is not None:
@@ -114,6 +127,10 @@ def defaults_used(model: Model) -> list[str]:
         lines.append(f"block_modules(): the units of sharding, recomputation and compilation are {found}")
     if lacks(model, "initial"):
         lines.append("initial(name): matrices begin normal with standard deviation 0.02, norms' weights at one, biases at zero")
+        if vectors := _unknown_vectors(model):
+            lines.append(
+                f"initial(name): vectors that are neither norms' weights nor biases begin at one: {', '.join(vectors)}"
+            )
     if lacks(model, "decays"):
         lines.append("decays(name): weight decay applies to matrices, embeddings included")
     if lacks(model, "lr_scale"):

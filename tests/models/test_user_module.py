@@ -135,6 +135,19 @@ def test_it_keeps_its_names_its_buffers_and_its_ties() -> None:
     assert isinstance(model, GPT) and type(model).__name__ == "GPT"
 
 
+def test_biases_begin_at_zero_whatever_their_prefix() -> None:
+    model = build_model({"_target_": "support.user_gpt.TorchLayers", "name": "mine"}, VOCABULARY)
+    vectors = {name: model.initial(name) for name, parameter in model.named_parameters() if parameter.dim() == 1}
+    ones = {"layers.0.norm1.weight", "layers.0.norm2.weight", "layers.0.layer_scale", "layers.1.norm1.weight"}
+    ones |= {"layers.1.norm2.weight", "layers.1.layer_scale"}
+    assert {name for name, rule in vectors.items() if rule == Filled(1.0)} == ones
+    assert all(vectors[name] == Filled(0.0) for name in vectors.keys() - ones)
+    assert {"layers.0.self_attn.in_proj_bias", "rnn.bias_ih_l0", "rnn.bias_hh_l0"} <= vectors.keys()
+    (told,) = [line for line in defaults_used(model) if "neither" in line]
+    assert told.endswith("begin at one: layers.*.layer_scale")
+    assert not any("neither" in line for line in defaults_used(gpt()))
+
+
 def test_missing_methods_are_told_once() -> None:
     said = "\n".join(defaults_used(gpt()))
     assert "its 3 modules GPTBlock" in said and "initial(name)" in said and "weight decay applies to matrices" in said

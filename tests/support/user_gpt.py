@@ -65,6 +65,24 @@ class SummedGPT(nn.Module):
         return name.endswith("weight") and "ln_" not in name
 
 
+class ScaledLayer(nn.TransformerEncoderLayer):
+    """PyTorch's block, with a vector that is neither a norm's weight nor a bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 2, 2 * width, batch_first=True)
+        self.layer_scale = nn.Parameter(torch.ones(width))
+
+
+class TorchLayers(nn.Module):
+    """PyTorch's own layers, some of whose biases have names with a prefix."""
+
+    def __init__(self, vocabulary: int, width: int = 8) -> None:
+        super().__init__()
+        self.wte, self.rnn = nn.Embedding(vocabulary, width), nn.GRU(width, width, batch_first=True)
+        self.layers = nn.ModuleList(ScaledLayer(width) for _ in range(2))
+        self.lm_head = nn.Linear(width, vocabulary)
+
+
 def clashing(vocabulary: int) -> nn.Module:
     """A module with an attribute that engines would take for a method."""
     model = GPT(vocabulary)
