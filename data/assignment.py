@@ -168,6 +168,7 @@ class Assigner:
 
     def _sizes(self, count: int, micro: int) -> tuple[int, int, int]:
         """Return rows of a micro-batch, passes of a step, and passes before the second half (0 without halves)."""
+        assert count >= 1, "a batch has a sample for each island"
         rows = min(micro, count)
         parts = -(-count // rows)
         middle = parts // 2 if self.halves else 0

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from ..config.problems import Problem
+from ..optim.batch.config import StagesConfig
 from ..optim.local.config import SYNCHRONOUS, LocalConfig
 from ..optim.optimizers.config import ScheduleFreeConfig
 from .schema import RunConfig
@@ -54,6 +55,12 @@ def local_problems(config: RunConfig) -> Iterator[Problem]:
         yield refuse("trainer.on_bad_step", text, "use trainer.on_bad_step=skip or stop")
     if config.stages:
         yield refuse("stages", "a stage would begin in the middle of a round", "train one stage")
-    smallest = batch.samples
-    if isinstance(smallest, int) and smallest < local.islands:
-        yield refuse("batch.samples", f"{smallest} samples leave an island without any", f"use {local.islands} or more")
+
+
+def smallest_batch_problems(config: RunConfig, least: int) -> Iterator[Problem]:
+    """Yield a problem if the smallest batch of the run, `least` samples, leaves an island without any."""
+    islands = config.optim.local.islands
+    if least < islands:
+        key = "batch.stages" if isinstance(config.batch, StagesConfig) else "batch.samples"
+        message = f"{least} samples leave an island without any, with optim.local.islands={islands}"
+        yield Problem(key, message, f"use {islands} or more, {WITHOUT_ISLANDS}")

@@ -29,7 +29,7 @@ from ..parallel.limits import engine_problems, float8_problems, masters_problems
 from ..planner.cluster import load_cluster
 from .derived import build_horizon, checkpoint_folder
 from .find_checkpoint import AUTO_FROM
-from .local_relations import local_problems
+from .local_relations import local_problems, smallest_batch_problems
 from .schema import RunConfig
 from .stages.record import Place
 
@@ -246,7 +246,7 @@ def batch_problems(config: RunConfig, place: Place | None = None) -> list[Proble
     """Return what keeps the batch-size controller from deciding in this run, and the optimizer from comparing halves."""
     horizon = build_horizon(config, config.data.seq_len, place=place, group="batch")
     controller = build_controller(config.batch, horizon)
-    found = controller.problems()
+    found = [*controller.problems(), *smallest_batch_problems(config, controller.least)]
     if controller.needs_statistics:
         if controller.least <= controller.micro:
             message = "a batch of one micro-batch has nothing to compare, so its noise would never be measured"

@@ -34,6 +34,7 @@ FIT = [
     ("schedule", 1, ["optim=schedule_free"]),
     ("optim.local.islands", 3, ["optim.local.islands=2"]),
     ("batch.samples", 4, ["optim.local.islands=4", "batch.samples=3", "batch.micro=1"]),
+    ("batch.stages", 4, ["optim.local.islands=4", "batch=stages", "batch.stages='0:2 1000:8'", "batch.micro=1"]),
     ("batch", 2, ["optim.local.islands=2", *MEASURED]),
     ("parallel.pp", 4, ["optim.local.islands=2", "parallel.pp=2"]),
     ("trainer.on_bad_step", 2, ["optim.local.islands=2", "trainer.on_bad_step=rewind"]),
