@@ -1,6 +1,6 @@
 """Compare how fast a checkpoint reaches the disk: raw O_DIRECT, safetensors, torch DCP in its modes, Meshloom.
 
-    python benchmarks/checkpoint_io.py [--gib 1] [--tensors 64 4096] [--rounds 5] [--folder .] [--only Meshloom]
+    python benchmarks/checkpoint_io.py [--gib 1] [--tensors 64 4096] [--rounds 5] [--folder .] [--only Meshloom] [--reads]
 
 One process, fp32, everything fsynced. Rounds are interleaved, each in an order of its own since what one mode deletes still
 busies the disk under the next, and medians printed, since disks and neighbours are not constant. "blocks": until the trainer
@@ -12,11 +12,13 @@ may go on (for Meshloom async: the call; "staged": until it may change the tenso
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import logging
 import mmap
 import os
 import platform
+import queue
 import random
 import shutil
 import statistics
@@ -24,6 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,30 +207,84 @@ def report(bench: Bench) -> None:
         print(f"| {name} | {blocks:.3f} | {staged:.3f} | {total:.2f} | {total / floor:.2f} |")
 
 
-def reads(bench: Bench, files: str) -> None:
-    """Restoring one eighth, and all: what is read, digests of the leaves included, over what is needed."""
+def forget(folder: Path) -> None:
+    """Ask the page cache to forget the files of a folder."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def read_raw(folder: Path, threads: int, direct: bool) -> float:
+    """Seconds to read the files of a folder in requests of 16 MiB, so many at once, into memory that is there already."""
+    chunk = 16 << 20
+    buffers = queue.SimpleQueue[mmap.mmap]()
+    for _ in range(threads):
+        buffers.put(mmap.mmap(-1, chunk))
+
+    def read(descriptor: int, at: int) -> None:
+        buffer = buffers.get()
+        os.preadv(descriptor, [buffer], at)
+        buffers.put(buffer)
+
+    for _ in range(threads):  # touched before the clock starts
+        buffer = buffers.get()
+        buffer[:] = bytes(chunk)
+        buffers.put(buffer)
+    start = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        for path in folder.iterdir():
+            descriptor = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+            list(pool.map(functools.partial(read, descriptor), range(0, path.stat().st_size, chunk)))
+            os.close(descriptor)
+    return time.perf_counter() - start
+
+
+RAW_READS = {"raw, 1 at once": (1, False), "raw, 4 at once": (4, False), "raw O_DIRECT, 4 at once": (4, True)}
+SHARES = {"all": (0, 1), "an eighth of the rows": (0, 8), "an eighth of every row": (1, 8)}  # (dim, share)
+
+
+def reads(bench: Bench, files: str, rounds: int) -> None:
+    """Print the medians of restoring all and eighths, and of raw reads of the same files, interleaved, from the disk.
+
+    Fragments are in memory that is there already, as a run's weights are. Bytes: those that are needed, and those that are
+    read for them, digests of the leaves included.
+    """
     folder = bench.folder / f"reads-{files}"
     checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync", files=files))
     checkpointer.save(1, bench.fragments(), {"step": 1})
     checkpointer.finish()
-    print(f"\n| files={files} | needed MiB | read MiB | ratio | s |\n|---|---:|---:|---:|---:|")
-    for what, dim, share in (("an eighth of the rows", 0, 8), ("an eighth of every row", 1, 8), ("all", 0, 1)):
-        for path in (folder / step_name(1)).iterdir():  # from the disk, not from the page cache
-            descriptor = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-        wanted: list[Fragment] = []
-        for index, tensor in enumerate(bench.tensors):
-            offsets, shape = [0, 0], list(tensor.shape)
-            shape[dim] //= share
-            offsets[dim] = 3 * shape[dim] % tensor.shape[dim]
-            box = Box(tuple(offsets), tuple(shape))
-            wanted.append(Fragment(f"t{index}", "weight", tuple(tensor.shape), box, torch.empty(shape)))
-        found = restore(folder, wanted, Control.alone())
-        assert all(torch.equal(f.tensor, bench.tensors[i][f.box.slices()]) for i, f in enumerate(wanted))
-        ratio = found.bytes_read / found.bytes_wanted
-        sizes = f"{found.bytes_wanted / 2**20:.0f} | {found.bytes_read / 2**20:.0f} | {ratio:.2f} | {found.seconds:.2f}"
-        print(f"| {what}, {len(bench.tensors)} tensors | {sizes} |")
+    seconds: dict[str, list[float]] = {name: [] for name in (*SHARES, *RAW_READS)}
+    sizes: dict[str, str] = {}
+    for number in range(rounds):
+        for what in random.Random(number).sample(list(seconds), len(seconds)):
+            wanted = _fragments(bench, *SHARES[what]) if what in SHARES else []
+            forget(folder / step_name(1))
+            if what in RAW_READS:
+                seconds[what].append(read_raw(folder / step_name(1), *RAW_READS[what]))
+                continue
+            found = restore(folder, wanted, Control.alone())
+            assert all(torch.equal(f.tensor, bench.tensors[i][f.box.slices()]) for i, f in enumerate(wanted))
+            ratio = found.bytes_read / found.bytes_wanted
+            sizes[what] = f"{found.bytes_wanted / 2**20:.0f} | {found.bytes_read / 2**20:.0f} | {ratio:.2f}"
+            seconds[what].append(found.seconds)
+    print(f"\n| files={files}, {len(bench.tensors)} tensors | needed MiB | read MiB | ratio | s: median (least–most) |")
+    print("|---|---:|---:|---:|---:|")
+    for what, took in seconds.items():
+        times = f"{statistics.median(took):.2f} ({min(took):.2f}–{max(took):.2f})"
+        print(f"| {what} | {sizes.get(what, '– | – | –')} | {times} |")
+
+
+def _fragments(bench: Bench, dim: int, share: int) -> list[Fragment]:
+    """The same part of every tensor, to be read into."""
+    wanted: list[Fragment] = []
+    for index, tensor in enumerate(bench.tensors):
+        offsets, shape = [0, 0], list(tensor.shape)
+        shape[dim] //= share
+        offsets[dim] = 3 * shape[dim] % tensor.shape[dim]
+        box = Box(tuple(offsets), tuple(shape))
+        wanted.append(Fragment(f"t{index}", "weight", tuple(tensor.shape), box, torch.full(shape, -1.0)))
+    return wanted
 
 
 def main() -> None:
@@ -238,6 +295,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path())
     parser.add_argument("--only", default="", help="part of the names of the modes to measure beside raw")
+    parser.add_argument("--reads", action="store_true", help="only read")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -251,10 +309,11 @@ def main() -> None:
             bench = Bench([torch.randn(side, side) for _ in range(count)], Path(name))
             memory = mmap.mmap(-1, sum(tensor.numel() * 4 for tensor in bench.tensors) // 4096 * 4096)
             memory[:] = os.urandom(1 << 20) * (len(memory) // (1 << 20)) + bytes(len(memory) % (1 << 20))
-            measure(bench, arguments.rounds, memory, arguments.only)
-            report(bench)
+            if not arguments.reads:
+                measure(bench, arguments.rounds, memory, arguments.only)
+                report(bench)
             for files in ("rank", "host"):
-                reads(bench, files)
+                reads(bench, files, arguments.rounds)
     dist.destroy_process_group()
 
 

@@ -16,7 +16,14 @@ _ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 class Files(Protocol):
-    """The operations on a folder that reading, listing and committing need. Each kind of folder has the underscored ones."""
+    """The operations on a folder that reading, listing and committing need. Each kind of folder has the underscored ones.
+
+    parallel_reads  so many ranges are worth reading at once, in threads; 1: its readers are for one thread
+    merge_gap       bytes between two ranges that cost less to read than a second request; 0: requests cost next to nothing
+    """
+
+    parallel_reads: int = 1
+    merge_gap: int = 0
 
     def label(self, name: str = "") -> str:
         """Return the name of the file, or of the folder itself, for messages."""
@@ -90,6 +97,8 @@ class RangeReader(Protocol):
 
 class LocalFiles(Files):
     """A folder of a mounted file system."""
+
+    parallel_reads = 4  # one alone leaves a disk idle while the kernel copies
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -179,6 +188,9 @@ class RemoteFiles(Files):
     def __init__(self, system: Any, path: str) -> None:
         self.system = system
         self.path = path
+        # A library that is not made of coroutines may keep one connection, for one thread.
+        self.parallel_reads = 8 if getattr(system, "async_impl", False) else 1
+        self.merge_gap = 64 * 2**10
 
     def label(self, name: str = "") -> str:
         """See Files."""

@@ -28,7 +28,8 @@ from .dtypes import TORCH_DTYPES, as_tensor
 from .errors import CheckpointError, DamageError
 from .files import Files
 from .manifest import Manifest, StoredArray
-from .reading.reader import Raw, Reader
+from .reading.items import Raw
+from .reading.reader import Reader
 from .tools import verify_file
 
 SECOND_MOMENT = "exp_avg_sq"

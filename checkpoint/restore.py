@@ -27,7 +27,8 @@ from .folder import StepListing, is_step, list_steps, load_manifest, open_manife
 from .identity import RunIdentity
 from .manifest import Manifest, StoredArray
 from .memory.tier import Recovery, find_recovery, manifest_of, open_recovery
-from .reading.reader import Raw, Reader
+from .reading.items import Raw
+from .reading.reader import Reader
 from .reading.shared_reader import SharedReader
 from .rebuild import NOTHING_LOST, KindOf, RebuildPlan, RebuiltLayers, agree_on_rebuilding
 

@@ -3,53 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from ...parallel.box import Box
-from ..digest import DIGEST_BYTES, text_digest
-from ..errors import CheckpointError, DamageError
+from ..digest import DIGEST_BYTES, leaf_digests, text_digest
+from ..errors import DamageError
 from ..files import Files, RangeReader
 from ..folder import length_faults, part_faults, raise_first
 from ..manifest import MANIFEST, Manifest, StoredArray, StoredBox
 from ..stored_file import StoredFile
 from .index import FileIndex, Locator
+from .items import BATCH_BYTES, Bytes, Raw, ReadItem, empty_results, header_items, needed_leaves, read_items
 from .raw import RAW
 
-# Most bytes of a file between the first and the last that are read at once; one item's share of it is at most half.
-BATCH_BYTES = 16 * 2**20
-# Neighbouring needs closer than this are fetched by one read.
-GAP_BYTES = 64 * 2**10
 # Leaves' digests are read and proved for so many blocks at once, and those read last are kept for the next boxes.
 PROOF_BLOCKS = 4
 PROOFS_KEPT = 8
 
-Raw = np.ndarray[Any, np.dtype[Any]]
 
+@dataclass
+class Span:
+    """Bytes `[base, stop)` of a file, of which the needed leaves are read and checked.
 
-@dataclass(frozen=True)
-class ReadItem:
-    """Some rows of the common part of a stored box and a wanted one, small enough to be read at once.
-
-    stored, part  the stored box and the wanted region of it, both in the global array
-    start, stop   bytes of the file from the first to the last wanted one
-    runs          (first byte of each contiguous run, relative to `start`; length of each) — all runs are equally long
-    target        where the values go: `target[part.slices(origin)]`
+    needed  which leaves, from the one at `base` on
+    buffer  holds the byte at `base` first; empty: a reused one is lent
     """
 
     file: int
-    item_bytes: int
-    part: Box
-    start: int
+    base: int
     stop: int
-    run_starts: np.ndarray[Any, np.dtype[np.int64]]
-    run_bytes: int
-    target: Raw
-    origin: tuple[int, ...]
+    needed: np.ndarray[Any, np.dtype[np.bool_]]
+    buffer: Bytes
+    items: Sequence[ReadItem] = ()
+
+    def runs(self, leaf: int) -> list[tuple[int, int]]:
+        """List the runs of needed leaves, as bytes counted from `base`."""
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], self.needed, [False])).astype(np.int8)))
+        return [(first * leaf, min(last * leaf, self.stop - self.base)) for first, last in edges.reshape(-1, 2).tolist()]
 
 
 @dataclass
@@ -70,7 +68,10 @@ class Reader:
 
     def __post_init__(self) -> None:
         self._proved: dict[tuple[int, int], bytes] = {}
+        self._proving: dict[tuple[int, int], Future[bytes]] = {}
         self._blocks: dict[int, bytes] = {}
+        self._counting = threading.Lock()
+        self._once: dict[int, threading.Lock] = {}  # of a file: held while its length or its blocks' digests are asked for
         self._measured: set[int] = set()
         self.whole_files = True  # otherwise a segment is read though its file be too short for others
         self._locator = Locator(self.manifest, self.files.label(MANIFEST))
@@ -81,10 +82,10 @@ class Reader:
         Raises DamageError naming file and block if any byte read is not what was written.
         """
         wanted = list(wanted)
-        results = [np.empty(box.shape, RAW[array.item_bytes]) for array, box in wanted]
+        results = empty_results([(box.shape, array.item_bytes) for array, box in wanted])
         items = [item for own in self.items(wanted, results) for item in own]
         for item, buffer, base in self.fetch(items):
-            place(item, buffer, base)
+            item.place(buffer, base)
         return results
 
     def stream(self, wanted: Sequence[tuple[StoredArray, Box]]) -> Iterator[tuple[int, Box, Raw]]:
@@ -98,7 +99,7 @@ class Reader:
             numbers |= {id(item): number for item in own}
             items += own
         for item, buffer, base in self.fetch(items):
-            yield numbers[id(item)], item.part, values_of(item, buffer, base)
+            yield numbers[id(item)], item.part, item.values(buffer, base)
 
     def items(self, wanted: Sequence[tuple[StoredArray, Box]], targets: Sequence[Raw] = ()) -> list[list[ReadItem]]:
         """List the reads for each wanted box, after reading the indexes of the files that hold them.
@@ -125,35 +126,69 @@ class Reader:
         items = [item for number, header in headers.items() for item in header_items(number, header)]
         wanted_before = self.traffic.wanted
         for item, buffer, base in self.fetch(items):
-            place(item, buffer, base)
+            item.place(buffer, base)
         self.traffic.wanted = wanted_before  # nobody has asked for a header
         for number, header in headers.items():
             label = self.files.label(self.manifest.files[number].title)
             self._locator.indexes[number] = FileIndex.parse(self.manifest, number, header.tobytes(), label)
 
-    def fetch(self, items: list[ReadItem]) -> Iterator[tuple[ReadItem, np.ndarray[Any, np.dtype[np.uint8]], int]]:
+    def fetch(self, items: list[ReadItem]) -> Iterator[tuple[ReadItem, Bytes, int]]:
         """Each item with a buffer that holds its checked bytes, and the file offset of the buffer's first byte.
 
         The buffer is reused: take what is needed before asking for the next item.
         """
-        items = sorted(items, key=lambda item: (item.file, item.start))
-        buffer = np.empty(0, np.uint8)
+        spans = list(self._spans(sorted(items, key=lambda item: (item.file, item.start))))
+        for span in self.read_ahead(spans):
+            for item in span.items:
+                self.traffic.wanted += item.bytes
+                yield item, span.buffer, span.base
+
+    def read_ahead(self, spans: Sequence[Span]) -> Iterator[Span]:
+        """Yield spans in their order, each with its bytes read and checked, while the next ones are being read.
+
+        As many are read at once as the files allow, each in a thread; they are checked in this one. So memory holds one span
+        more than that. The buffer of a span that has none is reused for later ones. Raises as `read` does.
+        """
+        workers = min(self.files.parallel_reads, len(spans))
+        spare: list[Bytes] = []
+        if workers < 2:
+            yield from self._read_in_turn(spans, spare)
+            return
+        with ThreadPoolExecutor(workers, "checkpoint-read") as pool:
+            waiting: deque[tuple[Span, Future[None]]] = deque()
+            try:
+                for span in spans:
+                    lent = self._lend(span, spare)
+                    self._prove_ahead(span, pool)
+                    waiting.append((lent, pool.submit(self._open_and_fill, lent)))
+                    if len(waiting) > workers:
+                        yield from self._finish(waiting, spare)
+                while waiting:
+                    yield from self._finish(waiting, spare)
+            finally:
+                self._proving.clear()
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _finish(self, waiting: deque[tuple[Span, Future[None]]], spare: list[Bytes]) -> Iterator[Span]:
+        """Yield the first of the spans that are being read, once it is there and checked."""
+        span, filled = waiting.popleft()
+        filled.result()
+        self._check(span)
+        yield span
+        spare.append(span.buffer)
+
+    def _read_in_turn(self, spans: Iterable[Span], spare: list[Bytes]) -> Iterator[Span]:
         with contextlib.ExitStack() as stack:
             opened: tuple[int, RangeReader] | None = None
-            for batch in self._batches(items):
-                number = batch[0].file
-                if opened is None or opened[0] != number:
+            for span in spans:
+                if opened is None or opened[0] != span.file:
                     stack.close()  # of thousands of ranks' files one is open at a time
-                    opened = number, stack.enter_context(self.open(number))
-                leaf = self.manifest.leaf_bytes
-                base = batch[0].start // leaf * leaf
-                stop = min(-(-max(item.stop for item in batch) // leaf) * leaf, self.manifest.files[number].bytes)
-                if len(buffer) < stop - base:
-                    buffer = np.empty(max(stop - base, min(BATCH_BYTES, self.manifest.files[number].bytes)), np.uint8)
-                self._read_checked(*opened, base, stop, needed_leaves(batch, base, stop, leaf), buffer)
-                for item in batch:
-                    self.traffic.wanted += len(item.run_starts) * item.run_bytes
-                    yield item, buffer, base
+                    opened = span.file, stack.enter_context(self.open(span.file))
+                lent = self._lend(span, spare)
+                self._fill(lent, opened[1])
+                self._check(lent)
+                yield lent
+                spare.append(lent.buffer)
 
     def _missing_indexes(self, wanted: Sequence[tuple[StoredArray, Box]]) -> list[int]:
         return self._locator.files_with(wanted)
@@ -162,82 +197,143 @@ class Reader:
     def open(self, number: int) -> Generator[RangeReader]:
         """Open a rank's data for reading from its first byte on, after a look at the file's length."""
         file = self.manifest.files[number]
+        with self._lock_of(number):
+            self._measure(number)
+        with self.files.reader(file.name) as opened:
+            yield _From(opened, file.start) if file.start else opened
+
+    def _measure(self, number: int) -> None:
+        file = self.manifest.files[number]
         if file.has_digests and number not in self._measured:
             sizes = {name: self.files.size(name) for name in {file.name, file.leaves}}
             faults = length_faults if self.whole_files else part_faults
             raise_first(faults(self.files, self.manifest, file, sizes))
             self._measured.add(number)
-        with self.files.reader(file.name) as opened:
-            yield _From(opened, file.start) if file.start else opened
 
-    def _batches(self, items: list[ReadItem]) -> Iterator[list[ReadItem]]:
+    def _lock_of(self, number: int) -> threading.Lock:
+        return self._once.setdefault(number, threading.Lock())
+
+    def _spans(self, items: Sequence[ReadItem]) -> Iterator[Span]:
+        """Gather items, sorted by file and start, into spans of at most BATCH_BYTES of a file."""
+        gap = self.files.merge_gap
         batch: list[ReadItem] = []
+        end = 0
         for item in items:
             if batch and (
                 item.file != batch[0].file
                 or item.stop - batch[0].start > BATCH_BYTES
-                or item.start - max(other.stop for other in batch[-1:]) > GAP_BYTES
+                or (gap and item.start - end > gap)  # far apart where a request costs much: several at once
             ):
-                yield batch
-                batch = []
+                yield self._span(batch, end)
+                batch, end = [], 0
             batch.append(item)
+            end = max(end, item.stop)
         if batch:
-            yield batch
+            yield self._span(batch, end)
 
-    def _read_checked(
-        self, number: int, reader: RangeReader, base: int, stop: int, needed: np.ndarray[Any, np.dtype[np.bool_]], buffer: Any
-    ) -> None:
-        leaf = self.manifest.leaf_bytes
-        proof_leaves = PROOF_BLOCKS * (self.manifest.block_bytes // leaf)
-        view = memoryview(buffer)
-        edges = np.flatnonzero(np.diff(np.concatenate(([False], needed, [False])).astype(np.int8)))
-        runs = [(first * leaf, min(last * leaf, stop - base)) for first, last in edges.reshape(-1, 2).tolist()]
-        for low, high in runs if len(runs) > 1 else ():  # many small reads, each waited for, would leave the disk idle
-            reader.expect(base + low, high - low)
-        for low, high in runs:
-            reader.fill(view[low:high], base + low)
-            self.traffic.read += high - low
-            if not self.manifest.files[number].has_digests:
-                continue
-            digests, known = b"", -1
-            for at in range(low, high, leaf):
-                proof, index = divmod((base + at) // leaf, proof_leaves)
-                if proof != known:
-                    digests, known = self._prove(number, proof), proof
-                said = digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
-                if xxhash.xxh3_128_digest(view[at : min(at + leaf, high)]) != said:
-                    raise self._damage(number, base + at, "its bytes do not match their digest")
+    def _span(self, batch: list[ReadItem], end: int) -> Span:
+        leaf, number = self.manifest.leaf_bytes, batch[0].file
+        base = batch[0].start // leaf * leaf
+        stop = min(-(-end // leaf) * leaf, self.manifest.files[number].bytes)
+        return Span(number, base, stop, needed_leaves(batch, base, stop, leaf), np.empty(0, np.uint8), batch)
+
+    def _lend(self, span: Span, spare: list[Bytes]) -> Span:
+        """Give a span a buffer, unless it has one of its own."""
+        length = span.stop - span.base
+        if not len(span.buffer):
+            fits = [number for number, buffer in enumerate(spare) if len(buffer) >= length]
+            room = max(length, min(BATCH_BYTES, self.manifest.files[span.file].bytes))
+            spared = spare.pop(fits[0] if fits else 0) if spare else np.empty(0, np.uint8)
+            span = replace(span, buffer=spared if fits else np.empty(room, np.uint8))
+        return span
+
+    def _open_and_fill(self, span: Span) -> None:
+        with self.open(span.file) as reader:
+            self._fill(span, reader)
+
+    def _fill(self, span: Span, reader: RangeReader) -> None:
+        """Read the needed leaves of a span. Where a request costs much, what lies between near ones is read with them."""
+        view = span.buffer.data
+        requests: list[tuple[int, int]] = []
+        for low, high in span.runs(self.manifest.leaf_bytes):
+            if requests and low - requests[-1][1] < self.files.merge_gap:
+                low = requests.pop()[0]
+            requests.append((low, high))
+        for low, high in requests if len(requests) > 1 else ():  # many small reads, each waited for, leave the disk idle
+            reader.expect(span.base + low, high - low)
+        for low, high in requests:
+            reader.fill(view[low:high], span.base + low)
+            self._count(high - low)
+
+    def _check(self, span: Span) -> None:
+        """Hold the needed leaves of a span to their digests. Raises DamageError."""
+        number, leaf = span.file, self.manifest.leaf_bytes
+        if not self.manifest.files[number].has_digests:
+            return
+        view = span.buffer.data
+        proof_bytes = PROOF_BLOCKS * self.manifest.block_bytes
+        for low, high in span.runs(leaf):
+            while low < high:
+                proof, inside = divmod(span.base + low, proof_bytes)
+                stop = min(high, low + proof_bytes - inside)
+                first, last = inside // leaf * DIGEST_BYTES, -(-(inside + stop - low) // leaf) * DIGEST_BYTES
+                said = self._prove(number, proof)[first:last]
+                found = leaf_digests(view[low:stop], leaf)
+                if found != said:
+                    pairs = zip(*(np.frombuffer(each, f"V{DIGEST_BYTES}") for each in (found, said)), strict=True)
+                    bad = next(index for index, (is_, should) in enumerate(pairs) if is_ != should)
+                    raise self._damage(number, span.base + low + bad * leaf, "its bytes do not match their digest")
+                low = stop
+
+    def _proofs_of(self, span: Span) -> Iterator[int]:
+        """Yield the numbers of the proofs of a span's needed leaves, ascending."""
+        proof_leaves = PROOF_BLOCKS * (self.manifest.block_bytes // self.manifest.leaf_bytes)
+        leaves = span.base // self.manifest.leaf_bytes + np.flatnonzero(span.needed)
+        yield from np.unique(leaves // proof_leaves).tolist() if len(leaves) else ()
+
+    def _prove_ahead(self, span: Span, pool: ThreadPoolExecutor) -> None:
+        """Begin to read the digests that a span will be held to."""
+        if self.manifest.files[span.file].has_digests:
+            for proof in self._proofs_of(span):
+                if (span.file, proof) not in self._proved and (span.file, proof) not in self._proving:
+                    self._proving[span.file, proof] = pool.submit(self._read_proof, span.file, proof)
 
     def _prove(self, number: int, proof: int) -> bytes:
         """The digests of the leaves of the next PROOF_BLOCKS blocks of a file, proved by the manifest's digests of these."""
         if (number, proof) not in self._proved:
-            file = self.manifest.files[number]
-            first = proof * PROOF_BLOCKS
-            blocks = self.blocks_of(number)[first * DIGEST_BYTES : (first + PROOF_BLOCKS) * DIGEST_BYTES]
-            span = self.manifest.block_bytes // self.manifest.leaf_bytes * DIGEST_BYTES
-            size = min(PROOF_BLOCKS * span, self.manifest.leaf_count(file) * DIGEST_BYTES - first * span)
-            data = self._read_digests(file, first * span, size)
-            for block, at in enumerate(range(0, size, span)):
-                expected = blocks[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]
-                if xxhash.xxh3_128_digest(data[at : at + span]) != expected:
-                    what = f"the digests of {file.name} do not match the manifest"
-                    raise DamageError(self.files.label(file.leaves_title), what, first + block)
+            begun = self._proving.pop((number, proof), None)
+            data = self._read_proof(number, proof) if begun is None else begun.result()
             while len(self._proved) >= PROOFS_KEPT:
                 del self._proved[next(iter(self._proved))]
             self._proved[number, proof] = data
         return self._proved[number, proof]
 
+    def _read_proof(self, number: int, proof: int) -> bytes:
+        file = self.manifest.files[number]
+        first = proof * PROOF_BLOCKS
+        blocks = self.blocks_of(number)[first * DIGEST_BYTES : (first + PROOF_BLOCKS) * DIGEST_BYTES]
+        span = self.manifest.block_bytes // self.manifest.leaf_bytes * DIGEST_BYTES
+        size = min(PROOF_BLOCKS * span, self.manifest.leaf_count(file) * DIGEST_BYTES - first * span)
+        data = self._read_digests(file, first * span, size)
+        for block, at in enumerate(range(0, size, span)):
+            expected = blocks[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]
+            if xxhash.xxh3_128_digest(data[at : at + span]) != expected:
+                what = f"the digests of {file.name} do not match the manifest"
+                raise DamageError(self.files.label(file.leaves_title), what, first + block)
+        return data
+
     def blocks_of(self, number: int) -> bytes:
         """The digests of a file's blocks: the manifest's, or those behind the leaves', proved by the manifest's of the file."""
         file = self.manifest.files[number]
-        if number not in self._blocks:
-            start = self.manifest.leaf_count(file) * DIGEST_BYTES
-            blocks = file.blocks or self._read_digests(file, start, self.manifest.leaves_bytes(file) - start)
-            if not file.blocks and text_digest(blocks) != file.digest:
-                what = f"the digests of {file.name} do not match the manifest"
-                raise DamageError(self.files.label(file.leaves_title), what)
-            self._blocks[number] = blocks
-        return self._blocks[number]
+        with self._lock_of(number):
+            if number not in self._blocks:
+                start = self.manifest.leaf_count(file) * DIGEST_BYTES
+                blocks = file.blocks or self._read_digests(file, start, self.manifest.leaves_bytes(file) - start)
+                if not file.blocks and text_digest(blocks) != file.digest:
+                    what = f"the digests of {file.name} do not match the manifest"
+                    raise DamageError(self.files.label(file.leaves_title), what)
+                self._blocks[number] = blocks
+            return self._blocks[number]
 
     def leaves_of(self, number: int) -> bytes:
         """The digests of a file's leaves, as they are: nothing has proved them."""
@@ -248,8 +344,12 @@ class Reader:
         data = bytearray(size)
         with self.files.reader(file.leaves) as reader:
             reader.fill(memoryview(data), file.digests_start + start)
-        self.traffic.read += size
+        self._count(size)
         return bytes(data)
+
+    def _count(self, size: int) -> None:
+        with self._counting:
+            self.traffic.read += size
 
     def boxes(self, array: StoredArray) -> Sequence[StoredBox]:
         """Return all boxes that an array is stored in. Raises as `read` does."""
@@ -283,82 +383,3 @@ class _From:
     def fill(self, target: memoryview, offset: int) -> None:
         """See RangeReader."""
         self.opened.fill(target, self.start + offset)
-
-
-def header_items(number: int, target: Raw) -> Iterator[ReadItem]:
-    """List the reads of a file's header, as of an array of bytes."""
-    box = Box((0,), target.shape)
-    yield from _split(StoredArray("header", "", "U8", target.shape), StoredBox(box, number, 0, len(target)), box, target, (0,))
-
-
-def read_items(array: StoredArray, box: Box, target: Raw, locator: Locator) -> list[ReadItem]:
-    """List the reads for one box of one array. Raises CheckpointError if the array doesn't contain the box."""
-    items: list[ReadItem] = []
-    if len(box.shape) != len(array.shape) or any(end > size for end, size in zip(box.ends, array.shape, strict=True)):
-        raise CheckpointError(f"{array.key}: {box} is outside of the stored shape {list(array.shape)}")
-    for whole in locator.boxes(array, box):
-        if box.shape and whole.box.intersect(box) is None:
-            continue
-        for stored in whole.parts():
-            part = stored.box.intersect(box) if box.shape else box
-            if part is not None:
-                items += _split(array, stored, part, target, box.offsets)
-    return items
-
-
-def _split(array: StoredArray, stored: StoredBox, part: Box, target: Raw, origin: tuple[int, ...]) -> Iterator[ReadItem]:
-    """Cut a region of a stored box along its first dims until each item spans at most half a batch of the file."""
-    strides = [array.item_bytes]
-    for extent in reversed(stored.box.shape[1:]):
-        strides.insert(0, strides[0] * extent)
-    if not stored.box.shape:
-        strides = []
-    relative = [o - s for o, s in zip(part.offsets, stored.box.offsets, strict=True)]
-    start = stored.start + sum(r * s for r, s in zip(relative, strides, strict=True))
-    stop = start + sum((n - 1) * s for n, s in zip(part.shape, strides, strict=True)) + array.item_bytes
-    dim = next((dim for dim, extent in enumerate(part.shape) if extent > 1), None)
-    if dim is not None and stop - start > BATCH_BYTES // 2:
-        step = max(1, part.shape[dim] * (BATCH_BYTES // 2) // (stop - start))
-        for at in range(0, part.shape[dim], step):
-            yield from _split(array, stored, part.cut(dim, at, min(step, part.shape[dim] - at)), target, origin)
-        return
-    run_bytes = array.item_bytes
-    dims = len(part.shape)
-    while dims > 0 and run_bytes == strides[dims - 1]:  # the dims inside are stored without a gap
-        run_bytes *= part.shape[dims - 1]
-        dims -= 1
-    starts = np.zeros(1, np.int64)
-    for extent, stride in zip(part.shape[:dims], strides[:dims], strict=True):
-        starts = (starts[:, None] + np.arange(extent, dtype=np.int64) * stride).reshape(-1)
-    yield ReadItem(stored.file, array.item_bytes, part, start, stop, starts, run_bytes, target, origin)
-
-
-def needed_leaves(batch: list[ReadItem], base: int, stop: int, leaf: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Mark the leaves of the span `[base, stop)` that hold wanted bytes."""
-    count = -(-(stop - base) // leaf)
-    edges = np.zeros(count + 1, np.int64)
-    for item in batch:
-        first = (item.start - base + item.run_starts) // leaf
-        last = (item.start - base + item.run_starts + item.run_bytes - 1) // leaf
-        np.add.at(edges, first, 1)
-        np.add.at(edges, last + 1, -1)
-    return np.cumsum(edges[:-1]) > 0
-
-
-def place(item: ReadItem, buffer: np.ndarray[Any, np.dtype[np.uint8]], base: int) -> None:
-    """Copy an item's values out of a buffer that starts at file offset `base`."""
-    item.target[(*item.part.slices(item.origin), ...)] = values_of(item, buffer, base)
-
-
-def values_of(item: ReadItem, buffer: np.ndarray[Any, np.dtype[np.uint8]], base: int) -> Raw:
-    """Return an item's values, in the shape of its part. They may be in the buffer, which starts at file offset `base`."""
-    first, starts = item.start - base, item.run_starts
-    steps = np.diff(starts)
-    if len(starts) == 1:
-        values = buffer[first : first + item.run_bytes]
-    elif np.all(steps == steps[0]):
-        shape, strides = (len(starts), item.run_bytes), (int(steps[0]), 1)
-        values = np.ascontiguousarray(np.lib.stride_tricks.as_strided(buffer[first:], shape, strides)).reshape(-1)
-    else:
-        values = np.concatenate([buffer[first + at : first + at + item.run_bytes] for at in starts.tolist()])
-    return values.view(RAW[item.item_bytes]).reshape(item.part.shape)

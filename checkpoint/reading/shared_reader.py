@@ -7,11 +7,9 @@ ranks reads each needed byte of the checkpoint once, however the boxes lie.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,13 +18,13 @@ import torch.distributed as dist
 
 from ...parallel.box import Box
 from ..errors import DamageError
-from ..files import Files, RangeReader
+from ..files import Files
 from ..manifest import Manifest, StoredArray
-from .reader import BATCH_BYTES, Raw, Reader, ReadItem, needed_leaves
+from .items import BATCH_BYTES, Bytes, Raw, ReadItem, needed_leaves
+from .reader import Reader, Span
 
 WINDOW_BYTES = 4 * BATCH_BYTES
 Leaves = np.ndarray[Any, np.dtype[np.bool_]]
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class SharedReader(Reader):
@@ -59,28 +57,27 @@ class SharedReader(Reader):
         dist.all_gather_object(everyone, self._needs(items), group=self.group)
         at = 0
         me = self.group.rank()
+        windows: dict[int, set[int]] = {}  # of each file: those between the first and the last byte of an item
+        for item in items:
+            windows.setdefault(item.file, set()).update(range(item.start // WINDOW_BYTES, (item.stop - 1) // WINDOW_BYTES + 1))
         for number in sorted(everyone[me]):
             size, leaf = self.manifest.files[number].bytes, self.manifest.leaf_bytes
             count = self.manifest.leaf_count(self.manifest.files[number])
             needs = [unpacked(n[number], count) if number in n else None for n in everyone]
-            mine = unpacked(everyone[me][number], count)
-            with contextlib.ExitStack() as stack:
-                # Of the ranks that need parts of a file, few are dealt some to read.
-                opened = functools.cache(functools.partial(stack.enter_context, self.open(number)))
-                # The tail before the window keeps what items that end in it began with.
-                buffer = np.empty(BATCH_BYTES + min(WINDOW_BYTES, count * leaf), np.uint8)
-                for start in range(0, size, WINDOW_BYTES):
-                    stop = min(start + WINDOW_BYTES, size)
-                    if not mine[start // leaf : -(-stop // leaf)].any():
-                        continue  # this rank neither needs nor reads anything here; of a header only the first windows count
-                    buffer[:BATCH_BYTES] = buffer[WINDOW_BYTES : WINDOW_BYTES + BATCH_BYTES] if start else 0
-                    self._exchange(number, opened, start, stop, needs, buffer[BATCH_BYTES:])
-                    while at < len(items) and items[at].file == number and items[at].stop <= stop:
-                        item = items[at]
-                        self.traffic.wanted += len(item.run_starts) * item.run_bytes
-                        if self._fault is None:
-                            yield item, buffer, start - BATCH_BYTES
-                        at += 1
+            # The tail before the window keeps what items that end in it began with.
+            buffer = np.empty(BATCH_BYTES + min(WINDOW_BYTES, count * leaf), np.uint8)
+            for start in range(0, size, WINDOW_BYTES):
+                stop = min(start + WINDOW_BYTES, size)
+                if start // WINDOW_BYTES not in windows[number]:
+                    continue  # this rank neither needs nor reads anything here; of a header only the first windows count
+                buffer[:BATCH_BYTES] = buffer[WINDOW_BYTES : WINDOW_BYTES + BATCH_BYTES] if start else 0
+                self._exchange(number, start, stop, needs, buffer[BATCH_BYTES:])
+                while at < len(items) and items[at].file == number and items[at].stop <= stop:
+                    item = items[at]
+                    self.traffic.wanted += item.bytes
+                    if self._fault is None:
+                        yield item, buffer, start - BATCH_BYTES
+                    at += 1
         if self._fault is not None:
             raise self._fault
 
@@ -97,7 +94,6 @@ class SharedReader(Reader):
     def _exchange(
         self,
         number: int,
-        opened: Callable[[], RangeReader],
         start: int,
         stop: int,
         needs: list[Leaves | None],
@@ -112,7 +108,7 @@ class SharedReader(Reader):
         own = readers == me
         if own.any() and self._fault is None:  # after a fault all that it sends is marked
             try:
-                self._read_checked(number, opened(), start, stop, own, window)
+                self._read_own(number, start, stop, own, window)
             except DamageError as error:
                 self._note(error)
         works: list[Any] = []
@@ -136,6 +132,14 @@ class SharedReader(Reader):
                 label = self.files.label(self.manifest.files[number].title)
                 self._note(DamageError(label, "the rank that read it for the others found damage"))
             rows[take] = data[:-1].reshape(-1, leaf)
+
+    def _read_own(self, number: int, start: int, stop: int, own: Leaves, window: Bytes) -> None:
+        """Read and check the leaves of a window that fall to this rank, several parts of it at once."""
+        leaf = self.manifest.leaf_bytes
+        parts = ((at, min(at + BATCH_BYTES, stop)) for at in range(start, stop, BATCH_BYTES))
+        spans = [Span(number, a, b, own[(a - start) // leaf : -(-(b - start) // leaf)], window[a - start :]) for a, b in parts]
+        for _ in self.read_ahead([span for span in spans if span.needed.any()]):
+            pass
 
     def _note(self, fault: DamageError) -> None:
         self._fault = self._fault or fault

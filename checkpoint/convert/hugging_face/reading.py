@@ -14,8 +14,9 @@ from ...dtypes import TORCH_DTYPES, as_tensor, same_bits
 from ...errors import CheckpointError
 from ...manifest import StoredArray
 from ...reading.compare import parts as cut
+from ...reading.items import Raw
 from ...reading.raw import RAW
-from ...reading.reader import Raw, ReadBytes, Reader
+from ...reading.reader import ReadBytes, Reader
 from ...reading.shared_reader import SharedReader
 from .encodings import PlainTensor, Tensor
 from .folder import HEAD, HuggingFaceFolder
@@ -57,8 +58,8 @@ def fill(
     wanted: our name, the box, and the tensor of its shape. Values are converted to the tensor's type.
     group: of ranks that call this together: a byte that several need is read by one of them and passed on
 
-    Host memory holds a window of a file, and what of one file must be decoded. Raises DamageError for a file that has become
-    shorter meanwhile; some tensors are filled then.
+    Host memory holds a few spans of files, of 16 MiB each, or a window of one, and what of one file must be decoded. Raises
+    DamageError for a file that has become shorter meanwhile; some tensors are filled then.
     """
     reader = Reader(folder.files, folder.stored) if group is None else SharedReader(folder.files, folder.stored, group)
     jobs = sorted((job for each in wanted for job in _jobs(folder, *each)), key=lambda job: job.position)
@@ -122,8 +123,7 @@ def _read_round(reader: Reader, jobs: Sequence[_Job]) -> None:
             if raw is not None:
                 raw[region.slices(flat[number][1].offsets)] = values
             else:
-                aligned = np.require(values, requirements=("C", "A"))
-                job.write(job.placed.box_of(region), as_tensor(aligned, job.tensor.dtype))
+                job.write(job.placed.box_of(region), as_tensor(values, job.tensor.dtype))
         for job, raws in zip(jobs, kept, strict=True):
             if not job.is_direct:
                 read = [as_tensor(raw, array.dtype) for raw, (array, _) in zip(raws, job.sources, strict=True)]
