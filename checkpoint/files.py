@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import threading
 from collections.abc import Generator
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -13,6 +14,9 @@ from ..config.names import leads_outside
 from .errors import CheckpointError, DamageError
 
 _ABSENT = (FileNotFoundError, NotADirectoryError)
+
+# fsspec's listings are dicts of its own, whose `pop` fails if two threads forget one at once.
+_LISTINGS = threading.Lock()
 
 
 class Files(Protocol):
@@ -188,8 +192,10 @@ class RemoteFiles(Files):
     def __init__(self, system: Any, path: str) -> None:
         self.system = system
         self.path = path
-        # A library that is not made of coroutines may keep one connection, for one thread.
-        self.parallel_reads = 8 if getattr(system, "async_impl", False) else 1
+        # A library that is not made of coroutines may keep one connection, for one thread; a cache (`simplecache::`) may give
+        # one thread the half of a file that another fetches. Caches speak for the system inside, so their class is asked.
+        systems = (system, getattr(system, "fs", system))
+        self.parallel_reads = 8 if all(getattr(type(each), "async_impl", False) for each in systems) else 1
         self.merge_gap = 64 * 2**10
 
     def label(self, name: str = "") -> str:
@@ -202,18 +208,18 @@ class RemoteFiles(Files):
 
     @_as_os_errors()
     def _names(self) -> list[str]:
-        self.system.invalidate_cache(self.path)
+        self._forget_listing(self.path)
         return [PurePosixPath(found).name for found in self.system.ls(self.path, detail=False)]
 
     @_as_os_errors()
     def _size(self, name: str) -> int:
         path = self._join(name)
-        self.system.invalidate_cache(path)  # another rank may have written since a folder was listed here
+        self._forget_listing(path)  # another rank may have written since a folder was listed here
         return int(self.system.size(path))
 
     @_as_os_errors()
     def _sizes(self) -> dict[str, int]:
-        self.system.invalidate_cache(self.path)
+        self._forget_listing(self.path)
         found = self.system.ls(self.path, detail=True)
         return {PurePosixPath(each["name"]).name: int(each["size"]) for each in found if each["type"] == "file"}
 
@@ -254,6 +260,10 @@ class RemoteFiles(Files):
         """Delete a file or a folder; silent if there is none."""
         with contextlib.suppress(FileNotFoundError), _as_os_errors():
             self.system.rm(self._join(name), recursive=True)
+
+    def _forget_listing(self, path: str) -> None:
+        with _LISTINGS:
+            self.system.invalidate_cache(path)
 
     def _join(self, name: str) -> str:
         return f"{self.path.rstrip('/')}/{name}" if name else self.path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -47,16 +47,6 @@ class StoredBox:
     start: int
     stop: int
     panels: int = 1
-
-    def parts(self) -> Iterator[StoredBox]:
-        """The panels, as boxes stored row-major."""
-        if self.panels == 1:
-            yield self
-            return
-        width, size = self.box.shape[-1] // self.panels, (self.stop - self.start) // self.panels
-        for index in range(self.panels):
-            start = self.start + index * size
-            yield StoredBox(self.box.cut(-1, index * width, width), self.file, start, start + size)
 
 
 def entry_name(key: str, box: Box) -> str:

@@ -147,7 +147,8 @@ class Reader:
         """Yield spans in their order, each with its bytes read and checked, while the next ones are being read.
 
         As many are read at once as the files allow, each in a thread; they are checked in this one. So memory holds one span
-        more than that. The buffer of a span that has none is reused for later ones. Raises as `read` does.
+        more than that. Either all spans have buffers, or none has: then the buffers lent are used for later spans again.
+        No thread is left when this ends, be it early. Raises as `read` does, for the first span in order that is bad.
         """
         workers = min(self.files.parallel_reads, len(spans))
         spare: list[Bytes] = []
@@ -242,7 +243,8 @@ class Reader:
         length = span.stop - span.base
         if not len(span.buffer):
             fits = [number for number, buffer in enumerate(spare) if len(buffer) >= length]
-            room = max(length, min(BATCH_BYTES, self.manifest.files[span.file].bytes))
+            most = BATCH_BYTES + 2 * self.manifest.leaf_bytes  # a batch, and what its first and last leaf hold beside
+            room = max(length, min(most, self.manifest.files[span.file].bytes))
             spared = spare.pop(fits[0] if fits else 0) if spare else np.empty(0, np.uint8)
             span = replace(span, buffer=spared if fits else np.empty(room, np.uint8))
         return span
@@ -294,9 +296,11 @@ class Reader:
     def _prove_ahead(self, span: Span, pool: ThreadPoolExecutor) -> None:
         """Begin to read the digests that a span will be held to."""
         if self.manifest.files[span.file].has_digests:
-            for proof in self._proofs_of(span):
-                if (span.file, proof) not in self._proved and (span.file, proof) not in self._proving:
-                    self._proving[span.file, proof] = pool.submit(self._read_proof, span.file, proof)
+            for key in ((span.file, proof) for proof in self._proofs_of(span)):
+                if key in self._proved:
+                    self._proved[key] = self._proved.pop(key)  # the next to be dropped is another
+                elif key not in self._proving:
+                    self._proving[key] = pool.submit(self._read_proof, *key)
 
     def _prove(self, number: int, proof: int) -> bytes:
         """The digests of the leaves of the next PROOF_BLOCKS blocks of a file, proved by the manifest's digests of these."""

@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
+from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.dirfs import DirFileSystem
 
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
@@ -167,12 +170,73 @@ def test_readers_for_one_thread_stay_in_it(tmp_path: Path, small_spans: int) -> 
     assert len(files.ranges) == 17 and files.threads == {threading.get_ident()}
 
 
-def test_libraries_without_coroutines_are_asked_by_one_thread() -> None:
-    class System:
-        async_impl = True
+def test_libraries_without_coroutines_and_caches_are_asked_by_one_thread() -> None:
+    class System(AsyncFileSystem):
+        cachable = False
 
     assert RemoteFiles(System(), "bucket").parallel_reads > 1
-    assert RemoteFiles(object(), "bucket").parallel_reads == 1
+    assert RemoteFiles(DirFileSystem("bucket", System()), "").parallel_reads > 1
+    memory = fsspec.filesystem("memory")
+    cached = [fsspec.filesystem(name, fs=System()) for name in ("simplecache", "filecache", "blockcache")]
+    assert all(each.async_impl for each in cached), "they say of themselves what the system inside does"
+    for system in (object(), memory, DirFileSystem("bucket", memory), *cached):
+        assert RemoteFiles(system, "bucket").parallel_reads == 1
+
+
+class Failing(LocalFiles):
+    """A folder where reads of the data at byte `bad` and after fail."""
+
+    parallel_reads = 3
+    bad = 2 * MIB
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.failed: list[int] = []
+
+    @contextlib.contextmanager
+    def reader(self, name: str) -> Iterator[Any]:
+        with super().reader(name) as opened:
+            yield _Failing(self, opened) if name == NAME else opened
+
+
+class _Failing:
+    def __init__(self, files: Failing, opened: Any) -> None:
+        self.files, self.expect, self.opened = files, opened.expect, opened
+
+    def fill(self, target: memoryview, offset: int) -> None:
+        if offset >= self.files.bad:
+            self.files.failed.append(offset)
+            raise DamageError(self.files.label(NAME), f"reading at byte {offset} failed")
+        self.opened.fill(target, offset)
+
+
+def reading_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("checkpoint-read")]
+
+
+@pytest.mark.usefixtures("small_spans")
+def test_a_read_that_fails_in_flight_ends_all_threads(tmp_path: Path) -> None:
+    step, (whole,) = save(tmp_path, (MIB,))
+    files = Failing(step)
+    manifest = open_step(files)
+    reader = Reader(files, manifest)
+    wanted = [(manifest.arrays["weight/w0"], Box.whole(whole.shape))]
+    (items,) = reader.items(wanted, [np.empty(whole.shape, np.uint32)])
+    placed = 0
+    with pytest.raises(DamageError, match=f"{NAME}.* failed") as error:
+        for item, _, _ in reader.fetch(items):
+            assert reading_threads()
+            placed += item.bytes
+    assert not reading_threads()
+    assert f"at byte {min(files.failed)} " in str(error.value), "the first that is bad, whichever failed first"
+    assert MIB < placed <= min(files.failed)
+    reads = reader.stream(wanted)
+    _, region, values = next(reads)  # and a reader who turns away
+    assert reading_threads() and torch.equal(torch.from_numpy(values.view(np.int32)), whole[region.slices()])
+    reads.close()
+    assert not reading_threads()
+    files.bad = 5 * MIB
+    assert np.array_equal(reader.read(wanted)[0].view(np.int32), whole.numpy()), "the same reader reads on"
 
 
 def test_any_columns_of_panels_are_read(tmp_path: Path) -> None:
