@@ -5,7 +5,7 @@ renewed any more is of a run that is gone. How old it is, is told by this machin
 cut off and comes back finds another's record, and must not commit.
 
 It may freeze between its look and its write, too, and then overwrite that record. So whoever takes the folder from a run that
-may come back leaves a mark for it: a file of its own, which nobody overwrites.
+may come back leaves a mark for it: a file of its own, which nobody overwrites. Any later run tells by it whose record is late.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 LEASE_SECONDS = 60.0  # without news from it, after which a run is taken to be gone
 RENEWAL_SECONDS = 15.0
 WATCH_SECONDS = 1.0
+MARK_SECONDS = 7 * 86400.0  # age of a mark, by the wall clocks of both machines, after which its run is taken to be dead
 _held: set[str] = set()  # tokens of this process
 
 
@@ -49,7 +50,6 @@ class Lease:
         self._token = uuid.uuid4().hex
         self._beats = 0
         self._overtook = False
-        self._marked: set[str] = set()  # tokens of those from whom this run has taken the folder, and who may come back
         self._over = threading.Event()
         try:
             self._take()
@@ -61,12 +61,12 @@ class Lease:
 
     def check(self) -> None:
         """Raises HeldError if another run has taken the folder meanwhile, CheckpointError if that can't be told."""
-        record = self._read()
-        if not record or self._is_late(record):  # not record: somebody has tidied up
+        record, mark = self._read(), self._own_mark()
+        if not mark and (not record or self._is_late(record)):  # not record: somebody has tidied up
             self._write()
-        elif record.get("token") != self._token:
+        elif record and record.get("token") != self._token:
             raise HeldError(self._overtaken(record))
-        elif mark := self._mark_of(record):  # this run has written over the other's record
+        elif mark:  # this run has written over the other's record
             raise HeldError(self._overtaken(mark))
 
     def release(self) -> None:
@@ -74,6 +74,8 @@ class Lease:
 
         If a run before may only be cut off or frozen, a record stays and says that this one is over. Otherwise that run, once
         it is back, would find nothing, and take its own record to have been tidied away.
+
+        A run that has lost the folder leaves all as it is: whoever has it puts its own record back at its next renewal.
         """
         if self._over.is_set():
             return
@@ -81,7 +83,7 @@ class Lease:
         self._thread.join()
         _held.discard(self._token)
         with contextlib.suppress(Exception):  # then the next run waits
-            if self._read().get("token") != self._token:
+            if self._read().get("token") != self._token or self._own_mark():
                 return
             if self._overtook:
                 self._write(over=True)
@@ -109,32 +111,50 @@ class Lease:
         if may_come_back:
             now = self._mark_of(first)
             if now != marked:  # this run froze: another has taken the folder meanwhile, and its record is overwritten
+                self._mark(self._about())  # so that the other knows this record to be late
                 self._write(over=True)
                 raise HeldError(self._overtaken(now))
             self._mark(first)
+        with contextlib.suppress(Exception):  # then a later run does it
+            self._prune_marks()
 
     def _is_late(self, record: dict[str, Any]) -> bool:
         """Return whether one that may have hung has written this over the own record: an earlier start of the same launch, or a
-        run from which this one has taken the folder.
+        run from which this one, or one before it, has taken the folder.
         """
-        token, holder = record.get("token"), _holder(record)
-        late = token != self._token and (follows(holder) or (token in self._marked and not precedes(holder)))
-        if late and token not in self._marked:
+        holder = _holder(record)
+        if record.get("token") == self._token or precedes(holder):
+            return False
+        marked = bool(self._mark_of(record))
+        if not (marked or follows(holder)) or self._own_mark():  # who has lost the folder has no say
+            return False
+        if not marked:
             self._overtook = True
             self._mark(record)
-        return late
+        return True
 
     def _mark(self, record: dict[str, Any]) -> None:
         """Leave a mark for whoever wrote a record that this run has the folder now."""
         token = record.get("token")
         if isinstance(token, str) and token.isalnum():
-            self._files.write(_name_of_mark(token), json.dumps(self._about()).encode())
-            self._marked.add(token)
+            self._files.write(_name_of_mark(token), json.dumps({**self._about(), "time": time.time()}).encode())
 
     def _mark_of(self, record: dict[str, Any]) -> dict[str, Any]:
         """Return the mark that another run has left for whoever wrote a record; empty if there is none."""
         token = record.get("token")
         return self._read(_name_of_mark(token)) if isinstance(token, str) and token.isalnum() else {}
+
+    def _own_mark(self) -> dict[str, Any]:
+        """Return the mark that tells this run that it has lost the folder; empty if there is none."""
+        return self._mark_of(self._about())
+
+    def _prune_marks(self) -> None:
+        """Delete marks for runs that have not come back for MARK_SECONDS."""
+        for name in self._files.names():
+            if name.startswith(_name_of_mark("")):
+                written = self._read(name).get("time")
+                if isinstance(written, int | float) and time.time() - written > MARK_SECONDS:
+                    self._files.delete(name)
 
     def _watch(self, first: dict[str, Any]) -> None:
         """Return when whoever left this record is known to be gone. Raises HeldError if it is not, or is a later start."""
@@ -173,6 +193,8 @@ class Lease:
             with contextlib.suppress(Exception):  # a store that is away for a moment; `check` finds out what came of it
                 record = self._read()
                 if record.get("token", self._token) != self._token and not self._is_late(record):
+                    return
+                if self._own_mark():  # the next run must not take this one to be there
                     return
                 if not self._over.is_set():
                     self._write()

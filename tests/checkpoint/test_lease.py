@@ -246,7 +246,10 @@ def overwrite(files: RemoteFiles, frozen: Lease) -> None:
     """Let a run write that froze after it had found its own record."""
     with pytest.MonkeyPatch.context() as thawed:
         thawed.setattr(frozen, "_over", threading.Event())
-        thawed.setattr(frozen, "_read", lambda *_: thawed.setattr(lease, "RENEWAL_SECONDS", NEVER) or {"token": frozen._token})
+        own = {".lock": {"token": frozen._token}}
+        thawed.setattr(
+            frozen, "_read", lambda name=".lock": thawed.setattr(lease, "RENEWAL_SECONDS", NEVER) or own.get(name, {})
+        )
         thawed.setattr(lease, "RENEWAL_SECONDS", 0.001)
         thread = threading.Thread(target=frozen._renew)
         thread.start()
@@ -257,16 +260,21 @@ def overwrite(files: RemoteFiles, frozen: Lease) -> None:
         thread.join()
 
 
-@pytest.mark.parametrize("ended", [False, True], ids=["goes on", "is over"])
-def test_a_run_frozen_before_its_write_gets_nothing(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch, ended: bool) -> None:
-    """It overwrites the record of the run that has taken the folder, where the store can't refuse that."""
+def freeze(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> Lease:
+    """Return the lease of a run on another machine that is silent from now on."""
     with monkeypatch.context() as first:
         first.setattr(lease, "_place", lambda: "another machine")
         frozen = Lease(files)
     monkeypatch.setattr(lease, "_held", set())
-    with monkeypatch.context() as soon:
-        soon.setattr(lease, "LEASE_SECONDS", 0.01)
-        held = Lease(files)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.01)
+    return frozen
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["goes on", "is over"])
+def test_a_run_frozen_before_its_write_gets_nothing(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch, ended: bool) -> None:
+    """It overwrites the record of the run that has taken the folder, where the store can't refuse that."""
+    frozen = freeze(files, monkeypatch)
+    held = Lease(files)
     held.check()
     if ended:
         held.release()
@@ -279,22 +287,71 @@ def test_a_run_frozen_before_its_write_gets_nothing(files: RemoteFiles, monkeypa
         held.release()
 
 
-def test_a_run_that_froze_while_it_took_the_folder_gets_nothing(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another takes the folder from the same run meanwhile, and is over."""
+def test_a_frozen_run_takes_nothing_from_one_that_came_later_still(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that took the folder from it is over when it thaws, and another has the folder."""
+    frozen = freeze(files, monkeypatch)
+    Lease(files).release()
+    held = Lease(files)
+    overwrite(files, frozen)
+    with pytest.raises(HeldError, match="has taken this folder over from this run"):
+        frozen.check()
+    held.check()
+    assert record(files)["token"] == held._token
+    with pytest.raises(HeldError, match="has taken this folder over from this run"):
+        frozen.check()
+    held.release()
+
+
+def test_a_frozen_run_neither_renews_nor_releases_what_it_lost(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = freeze(files, monkeypatch)
+    held = Lease(files)
+    overwrite(files, frozen)
+    before = record(files)
+    with monkeypatch.context() as soon:
+        soon.setattr(lease, "RENEWAL_SECONDS", 0.001)
+        frozen._renew()  # ends, as the folder is another's
+    frozen.release()
+    assert record(files) == before, "the other puts its own record back"
+    held.check()
+    held.release()
+    assert record(files)["over"]
+
+
+def test_marks_for_runs_that_never_come_back_are_deleted(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    freeze(files, monkeypatch)
+    Lease(files).release()
+    Lease(files).release()
+    assert len(files.names()) == 2, "the mark is young"
+    now = time.time() + lease.MARK_SECONDS + 1
+    monkeypatch.setattr(time, "time", lambda: now)
+    Lease(files).release()
+    assert files.names() == [".lock"]
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["goes on", "is over"])
+def test_a_run_that_froze_while_it_took_the_folder_gets_nothing(
+    files: RemoteFiles, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    """Another takes the folder from the same run meanwhile, and is over, or goes on."""
     leave(files)
     watch, others = Lease._watch, list[Lease]()
 
     def freeze(self: Lease, first: dict[str, Any]) -> None:
         watch(self, first)
-        if not others:
-            others.append(self)
-            Lease(files).release()
+        monkeypatch.setattr(Lease, "_watch", watch)
+        others.append(Lease(files))
+        if ended:
+            others[0].release()
 
     monkeypatch.setattr(Lease, "_watch", freeze)
     monkeypatch.setattr(lease, "LEASE_SECONDS", 0.01)
     with pytest.raises(HeldError, match="has taken this folder over from this run"):
         Lease(files)
     assert record(files)["over"], "nobody waits for it"
+    if not ended:
+        others[0].check()
+        assert record(files)["token"] == others[0]._token, "it has the folder still"
+        others[0].release()
     Lease(files).release()
 
 
