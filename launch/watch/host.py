@@ -34,10 +34,11 @@ PAUSED_SECONDS = 2.0
 """A poll that comes so late says that this host was suspended: its silence counts for nobody."""
 LOST_SECONDS = 5.0
 """Seconds without news after which a host does not answer. It is judged much later: see `judge.LOST_SECONDS`."""
-TOLD_SECONDS = 2 * POLL_SECONDS
-"""Time for other hosts to hear that the run is ended, before this host's ranks end and with them perhaps its launcher."""
+TOLD_SECONDS = 5.0
+"""At most so long the judging host waits until all that answer have heard that the run is ended: with its own ranks its
+launcher may end, and with it the store. Another host reads a stack, at worst for `stacks.PY_SPY_SECONDS`, before it hears."""
 STACKS = 8
-"""At most so many stacks are read at a time: each takes up to half a second."""
+"""At most so many stacks are read at a time: each takes half a second as a rule."""
 EARLY_SECONDS = 1.0
 """So long before a rank is named its stack is read, so that other hosts' stacks have come when the judge names them."""
 STACK_SECONDS = 15.0
@@ -73,6 +74,7 @@ class HostWatch(threading.Thread):
         self._stacks: dict[int, tuple[int, float, Stack | None]] = {}  # rank → beats and time of its newest stack
         self._faults: set[str] = set()
         self._seen: dict[int, tuple[float, int, list[RankState]]] = {}  # node → when its newest news came, their number
+        self._answering: set[int] = set()  # nodes whose news are not late
         self._attempt = -1
         self._polls, self._resumed, self._lost = 0, time.monotonic(), 0.0
         self._named: tuple[int, ...] = ()
@@ -111,7 +113,7 @@ class HostWatch(threading.Thread):
             self._attempt, self._named = attempt, ()
             self._disconnect()
             self._stacks, self._seen = {}, {}
-        if attempt <= self.over or (self.ended is not None and self.ended.attempt == attempt):
+        if attempt <= self.over or self._has_ended:
             return
         self._polls += 1
         mine = self._mine = self._local(folder, now)
@@ -119,16 +121,21 @@ class HostWatch(threading.Thread):
         judges = any(each.rank == 0 for each in mine)
         if about["nodes"] > 1:  # before stacks are read: news must not be late
             others = self._exchange(about, mine, judges, now)
-        mine = self._take_stacks(folder, mine, now)
+        mine = self._take_stacks(folder, about, mine, now)
         if not judges or any(each.state in (*GONE, TRACED) for each in [*mine, *others]):
             return  # torchrun ends the others of a rank that has exited; somebody debugs one that is traced
         limits = _limit(about["silence"]), float(about["timeout"]), float(about["save_timeout"])
         silence = judge(with_missing([*mine, *others], about.get("world_size", 0)), *limits)
         if silence is not None and silence.ends:  # a stack may be old: look again before anything is ended
             later = time.monotonic()
-            mine = self._take_stacks(folder, self._local(folder, later), later, anew=True)
+            mine = self._take_stacks(folder, about, self._local(folder, later), later, anew=True)
             silence = judge(with_missing([*mine, *others], about.get("world_size", 0)), *limits)
         self._judge(about, [*mine, *others], silence)
+
+    @property
+    def _has_ended(self) -> bool:
+        """Return whether the newest attempt is ended."""
+        return self.ended is not None and self.ended.attempt == self._attempt
 
     def _local(self, folder: AttemptFolder, now: float) -> list[RankState]:
         """Read the states of this host's ranks, with the stacks that have been read since their last beats."""
@@ -157,9 +164,12 @@ class HostWatch(threading.Thread):
         return found
 
     def _take_stacks(
-        self, folder: AttemptFolder, states: Sequence[RankState], now: float, *, anew: bool = False
+        self, folder: AttemptFolder, about: Mapping[str, Any], states: Sequence[RankState], now: float, *, anew: bool = False
     ) -> list[RankState]:
-        """Read the stacks of the ranks that are silent, and return all states with them. anew: also where one is known."""
+        """Read the stacks of the ranks that are silent, and return all states with them. anew: also where one is known.
+
+        Between two of them a host that does not judge exchanges news. It reads no more once the run is ended.
+        """
         found: list[RankState] = []
         taken = 0
         for state in states:
@@ -167,6 +177,12 @@ class HostWatch(threading.Thread):
             beat = read_beat(folder.beat(state.rank)) if silent and state.state not in (*GONE, TRACED) else None
             known = self._stacks.get(state.rank)
             if beat is not None and taken < STACKS and (anew or known is None or now - known[1] > STACK_SECONDS):
+                if taken and self._news is not None:
+                    later = time.monotonic()
+                    self._polls += 1
+                    self._exchange(about, self._local(folder, later), judges=False, now=later)
+                if self._has_ended:
+                    break
                 taken += 1
                 stack = take_stack(beat.pid, folder.stack(state.rank), stopped=state.stopped)
                 self._stacks[state.rank] = beat.beats, now, stack
@@ -189,6 +205,7 @@ class HostWatch(threading.Thread):
             self._news.set(f"{prefix}/node-{about['node']}", json.dumps({"number": self._polls, "ranks": rows}))
             if ended := self._news.get(f"{prefix}/ended"):
                 self._obey(json.loads(ended))
+                self._news.set(f"{prefix}/node-{about['node']}/ended", "1")
             self._lost = now
         except (OSError, ValueError, KeyError) as error:  # its host is gone
             self._disconnect()
@@ -210,6 +227,7 @@ class HostWatch(threading.Thread):
     def _gather(self, prefix: str, about: Mapping[str, Any], now: float) -> list[RankState]:
         """Return the newest states of the other hosts' ranks; those of a host without news don't answer."""
         found: list[RankState] = []
+        self._answering = set()
         for node in range(about["nodes"]):
             if node == about["node"]:
                 continue
@@ -222,6 +240,8 @@ class HostWatch(threading.Thread):
             if node in self._seen:
                 came, _, rows = self._seen[node]
                 late = now - max(came, self._resumed)
+                if late <= LOST_SECONDS:
+                    self._answering.add(node)
                 lost = late > LOST_SECONDS and not any(each.state in GONE for each in rows)
                 found += [replace(each, age=each.age + late, state="" if lost else each.state) for each in rows]
         return found
@@ -248,10 +268,17 @@ class HostWatch(threading.Thread):
         message = text + (f"; {recorded}" if recorded else "") + _stack_of(first)
         self.ended = Ended(self._attempt, first.rank, first.host, message)
         if self._store is not None:
-            self._store.set(f"{self._prefix(about)}/ended", json.dumps(asdict(self.ended)))
-            self._over.wait(TOLD_SECONDS)
+            self._end_others(self._store, self._prefix(about), self.ended)
         self._kill()
         self._tell(about, "hang", f"run ended: {message}", silence)
+
+    def _end_others(self, store: NewsStore, prefix: str, ended: Ended) -> None:
+        """Tell the other hosts that the run is ended, and wait until those that answer have ended their ranks."""
+        store.set(f"{prefix}/ended", json.dumps(asdict(ended)))
+        deadline = time.monotonic() + TOLD_SECONDS
+        while time.monotonic() < deadline and not self._over.wait(POLL_SECONDS / 5):
+            if all(store.get(f"{prefix}/node-{node}/ended") for node in self._answering):
+                return
 
     def _obey(self, ended: dict[str, Any]) -> None:
         """End this host's ranks, as the judging host has decided."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -16,6 +17,7 @@ from meshloom.launch.nodes.wire import Server
 from meshloom.launch.watch import host
 from meshloom.launch.watch.host import HostWatch
 from meshloom.launch.watch.news import NewsLink, NewsStore
+from meshloom.launch.watch.stacks import Stack
 from meshloom.parallel.heartbeat import Heartbeat
 from meshloom.trainer.watch.folder import AttemptFolder, write_json
 from meshloom.trainer.watch.incidents import read_incidents
@@ -105,6 +107,30 @@ def test_all_hosts_end_their_ranks_when_one_is_ended_for_a_hang(hosts: Hosts) ->
     (incident,) = read_incidents(hosts.folder / "run")
     assert incident["kind"] == "hang" and "rank 1" in incident["message"]
     assert "is stopped (SIGSTOP)" in incident["message"] and "0" in incident["details"]["waiting"]
+
+
+def test_ranks_end_once_other_hosts_have_heard(hosts: Hosts, store: NewsStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host 1 reads the first of two stacks while the run is ended. Host 0 keeps its rank and its store until it has heard."""
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda now=time.monotonic: now() - SILENT)
+        patch.setattr(os, "getpid", lambda: hosts.ranks[1].pid)
+        Heartbeat(AttemptFolder.of(hosts.folder / "host-1", 0).beat(2)).begin_step(7)
+    take, kept = host.take_stack, list[bool]()
+
+    def slow(pid: int, file: Path, *, stopped: bool) -> Stack | None:
+        if threading.current_thread() is hosts.watches[1]:
+            wait(lambda: store.get("here/attempt-0/ended"))
+            time.sleep(4 * host.POLL_SECONDS)
+            kept.append(hosts.ranks[0].poll() is None)
+        return take(pid, file, stopped=stopped)
+
+    monkeypatch.setattr(host, "take_stack", slow)
+    monkeypatch.setattr(host, "TOLD_SECONDS", PATIENCE)
+    os.kill(hosts.ranks[1].pid, signal.SIGSTOP)
+    for watch in hosts.watches:
+        watch.start()
+    assert [rank.wait(PATIENCE) for rank in hosts.ranks] == [-signal.SIGKILL] * 2
+    assert kept == [True], "and it reads no second one"
 
 
 def test_a_host_says_that_the_one_that_judges_does_not_answer(
