@@ -1,27 +1,53 @@
-"""A progress bar on standard error."""
+"""Show on stderr how far something long has come: a bar on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
+EVERY = 30.0
+"""Seconds between two lines where there is no terminal: a command of seconds says nothing."""
+
+Advance = Callable[[int, int], None]
+"""(done, of all, in one unit) → None. Of all: 0 where that is not known; it may be a guess."""
+
 
 @contextmanager
-def progress_bar(what: str, total: int | None, *, quiet: bool = False) -> Generator[Callable[[int], None]]:
-    """Show a bar on stderr until the block ends; in a log, a line before it and one after it.
+def progress(title: str, *, quiet: bool = False, announce: bool = False) -> Generator[Advance]:
+    """Show the progress of what runs in the block, which calls what is yielded. The bar vanishes at the end.
 
-    Gives a function that is called with what has been done since.
-
-    total: of it, if known; it may be a guess. quiet: show nothing
+    quiet     show nothing; what the block prints is shown all the same
+    announce  where there is no terminal, print the title at once
     """
+    if quiet:
+        yield lambda done, total: None
+        return
+    if not sys.stderr.isatty():
+        if announce:
+            print(f"{title} …", file=sys.stderr, flush=True)
+        yield _lines(title)
+        return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
-    console = Console(stderr=True, quiet=quiet)
-    if not console.is_terminal:  # there the bar is printed once, at the end
-        console.print(f"{what} …", highlight=False, markup=False, soft_wrap=True)
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda amount: progress.advance(task, amount)
-        progress.update(task, total=1, completed=1)  # whatever the guess was
+    columns = TextColumn(title, markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    # Redirected output goes to stderr, above the bar. What is printed to a file or a pipe must arrive there.
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total or None)
+
+
+def _lines(title: str) -> Advance:
+    """Return what prints a line whenever EVERY seconds have passed since the last."""
+    last = time.monotonic()
+
+    def advance(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            share = f"{min(1.0, done / total):.0%}" if total else "…"
+            print(f"{title}: {share}", file=sys.stderr, flush=True)
+
+    return advance

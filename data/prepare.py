@@ -14,7 +14,7 @@ import xxhash
 
 from ..config.cache import build_once
 from ..config.lazy import numpy as np
-from ..config.progress_bar import progress_bar
+from ..config.progress_bar import Advance, progress
 from .fill_in_the_middle import FillInTheMiddle
 from .marked import MarkedText
 from .reader import TokenShards
@@ -64,7 +64,7 @@ def train_tokenizer(
     target = cache / "tokenizers" / f"bpe-{vocabulary}-{name[:16]}"
 
     def build(folder: Path) -> None:
-        with progress_bar(f"training a tokenizer of {vocabulary} tokens", None):
+        with progress(f"training a tokenizer of {vocabulary} tokens", announce=True):
             sample = [text for source in sources for text in uniform_sample(source.documents(), characters // len(sources))]
             if not sample:
                 raise ValueError(f"the corpus '{', '.join(source.name for source in sources)}' is empty")
@@ -114,7 +114,7 @@ def write_corpus(
         ends = tokenizer.end_of_document
         return ShardWriter(place, tokenizer.vocabulary, ends, tokenizer.save, shard_tokens, masked=source.masked)
 
-    with progress_bar(f"tokenising {source.name}", source.size()) as advance:
+    with progress(f"tokenising {source.name}", announce=True) as advance:
         documents = _tokenized(source, tokenizer, version, advance, fim)
         if not validation:
             with writer(folder / "train") as train:
@@ -228,21 +228,23 @@ def _tokenized(
     source: DocumentSource,
     tokenizer: Tokenizer,
     version: int,
-    advance: Callable[[int], None],
+    advance: Advance,
     fim: FillInTheMiddle | None,
 ) -> Documents:
     batch: list[str] = []
-    waiting = done = 0
+    size = source.size() or 0
+    waiting = done = read = 0
     for text in source.documents():
         batch.append(text)
         waiting += len(text)
         if waiting >= _BATCH:
             yield from _encoded(tokenizer, batch, version, done, fim)
-            advance(waiting)
+            read += waiting
+            advance(read, size)
             done += len(batch)
             batch, waiting = [], 0
     yield from _encoded(tokenizer, batch, version, done, fim)
-    advance(waiting)
+    advance(read + waiting, size)
 
 
 def _encoded(tokenizer: Tokenizer, texts: Sequence[str], version: int, first: int, fim: FillInTheMiddle | None) -> Documents:

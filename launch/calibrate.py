@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..config.problems import ConfigError, Problem
+from ..config.progress_bar import progress
 from ..planner.calibration import as_yaml, block_errors, calibrated
 from ..planner.cluster import GIB, ClusterConfig, load_cluster, options, profile_folder, recipes
 from ..trainer.launching import under_torchrun, visible_gpus
@@ -53,8 +54,6 @@ def main(argv: Sequence[str]) -> int:
 def calibrate(name: str | None, base: ClusterConfig | None, *, cpu: bool) -> int:
     """Measure, fit and write. Of several processes the first writes."""
     import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from .calibrate_measure import LARGE, SMALL, Bench, join_group, machine, with_measured_peaks
 
@@ -73,13 +72,9 @@ def calibrate(name: str | None, base: ClusterConfig | None, *, cpu: bool) -> int
     parts = list(bench.parts())
     if under_torchrun():
         parts += list(bench.collectives(join_group(device)))
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True, quiet=not first)) as progress:
-        task = progress.add_task("", total=len(parts))
-        for told, run in parts:
-            progress.update(task, description=told)
+    for number, (told, run) in enumerate(parts, 1):
+        with progress(f"{number}/{len(parts)} {told}", quiet=not first, announce=True):
             run()
-            progress.advance(task)
     if under_torchrun():
         torch.distributed.destroy_process_group()
     if not first:

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from ..config.progress_bar import progress
 from ..trainer.launching import under_torchrun, visible_gpus
 from .torchrun import TorchRun
 
@@ -35,9 +36,6 @@ def main(argv: Sequence[str]) -> int:
 
 def check(folder: Path) -> int:
     """Check as one of torchrun's processes. Rank 0 prints; the code is the same on all."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     from ..parallel.config import ParallelConfig
     from ..parallel.layout import Layout
     from ..parallel.mesh import Mesh, environment_world_size, pick_device
@@ -48,13 +46,9 @@ def check(folder: Path) -> int:
     try:
         run = Check(mesh, folder, whole=True)
         parts = list(run.parts())
-        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-        with Progress(*columns, console=Console(stderr=True, quiet=not mesh.is_main)) as progress:
-            task = progress.add_task("", total=len(parts))
-            for told, measure in parts:
-                progress.update(task, description=told)
+        for number, (told, measure) in enumerate(parts, 1):
+            with progress(f"{number}/{len(parts)} {told}", quiet=not mesh.is_main, announce=True):
                 measure()
-                progress.advance(task)
         reports = run.report()
         found = findings(reports) if reports else []
         if mesh.is_main:

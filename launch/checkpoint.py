@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..checkpoint.errors import CheckpointError
 from ..config.problems import ConfigError, Problem
+from ..config.progress_bar import progress
 from ..config.words import counted
 from .exit_codes import BAD_CONFIG
-from .progress import progress
 
 if TYPE_CHECKING:
     from ..checkpoint.files import Files

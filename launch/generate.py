@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..config.problems import ConfigError, Problem
+from ..config.progress_bar import progress
 from .arguments import describe, parse
 from .exit_codes import BAD_CONFIG
-from .progress import progress
 
 if TYPE_CHECKING:
     from torch import nn

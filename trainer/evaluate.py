@@ -15,7 +15,7 @@ from ..checkpoint.restore import read_state
 from ..config.lazy import numpy as np
 from ..config.per_host import is_first_on_host, share_on_host
 from ..config.problems import ConfigError, Problem
-from ..config.progress_bar import progress_bar
+from ..config.progress_bar import progress
 from ..data.assignment import Dealer
 from ..data.batch import IGNORED, GlobalBatch
 from ..data.node import DataNode
@@ -181,14 +181,16 @@ def _part_losses(
     found: list[StepLoss] = []
     samples, unit = sum(counts), config.batch.micro_size * mesh.layout.data_size
     quiet = not (mesh.is_main and config.logging.progress)
-    with progress_bar(f"evaluating {samples:,} samples", samples, quiet=quiet) as advance:
+    with progress(f"evaluating {samples:,} samples", quiet=quiet, announce=True) as advance:
+        done = 0
         for part, count in zip(parts, counts, strict=True):
             total, tokens = (torch.zeros((), dtype=torch.float64) for _ in range(2))
             for batch in batches_of(count, unit):
                 loss = engine.evaluate(validation_share(config, mesh, dealer, part, batch).micro_batches)
                 total += loss.total.cpu()  # waits for the device, so that the bar tells what is done
                 tokens += loss.tokens.cpu()
-                advance(batch.count)
+                done += batch.count
+                advance(done, samples)
             found.append(StepLoss(total, tokens, {}))
     return found
 

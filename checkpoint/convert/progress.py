@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-Listener = Callable[[int, int], None]
-"""(done, of all, in one unit) → None."""
+from ...config.progress_bar import Advance
 
-_listener: ContextVar[Listener | None] = ContextVar("conversion_listener", default=None)
+_listener: ContextVar[Advance | None] = ContextVar("conversion_listener", default=None)
 
 
 @contextmanager
-def listening(listener: Listener) -> Generator[None]:
+def listening(listener: Advance) -> Generator[None]:
     """Tell this listener how far conversions within the block come."""
     token = _listener.set(listener)
     try:

@@ -1,4 +1,4 @@
-"""The sign of life of long commands, and what conversions tell it."""
+"""The bar of long commands, and what conversions tell it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from meshloom.checkpoint.convert.compose import Source, compose
 from meshloom.checkpoint.convert.progress import listening
-from meshloom.launch import progress as shown
+from meshloom.config import progress_bar as shown
 from meshloom.launch.cli import main
 
 
@@ -30,6 +30,30 @@ def test_lines_come_now_and_then_and_a_bar_on_a_terminal(monkeypatch: pytest.Mon
                 advance(1, 4)
     assert log.getvalue() == "reading: 25%\n", "nothing of what takes less time"
     assert "reading" in terminal.getvalue() and "25%" in terminal.getvalue()
+
+
+def test_where_the_size_is_not_known_a_line_says_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shown, "EVERY", 0.0)
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    with shown.progress("reading", announce=True) as advance:
+        advance(1, 0)
+        advance(5, 4)
+    assert log.getvalue() == "reading …\nreading: …\nreading: 100%\n", "a total may be a guess"
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_the_block_prints_arrives_beside_a_bar(monkeypatch: pytest.MonkeyPatch, *, quiet: bool) -> None:
+    """As in `meshloom checkpoint verify … > report.txt` on a terminal."""
+    report, terminal = io.StringIO(), Terminal()
+    monkeypatch.setattr(sys, "stdout", report)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with shown.progress("reading", quiet=quiet) as advance:
+        advance(1, 4)
+        print("found")
+        print("warned", file=sys.stderr)
+    assert report.getvalue() == "found\n"
+    assert terminal.getvalue() == "warned\n" if quiet else "warned" in terminal.getvalue()
 
 
 def test_conversions_tell_how_far_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
