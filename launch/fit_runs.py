@@ -138,9 +138,9 @@ def _read(folder: Path) -> FinishedRun:
     run, untyped = typed_config(config)
     if untyped:
         raise ConfigError(untyped)
-    rows = Metrics.read(folder / METRICS).rows
-    steps = [row for row in rows if "loss" in row and "batch_samples" in row]
-    evaluations = [row for row in rows if "eval_loss" in row]
+    metrics = Metrics.read_undamaged(folder / METRICS)
+    steps = [row for row in metrics.steps if "loss" in row and "batch_samples" in row]
+    evaluations = [row for row in metrics.evaluations if "eval_loss" in row]
     if not steps:
         raise ValueError(f"{METRICS} has no steps")
     last = max(steps + evaluations, key=lambda row: row["step"])  # with logging.every=10 the last step may have no row

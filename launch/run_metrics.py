@@ -26,7 +26,19 @@ class Metrics:
     @classmethod
     def read(cls, path: Path) -> Metrics:
         """Read a file; without one there are no rows. A line that a crash or a write under way has cut is passed over."""
-        return cls(list(_rows(path)) if path.exists() else [])
+        return cls([row for row in _lines(path) if row is not None] if path.exists() else [])
+
+    @classmethod
+    def read_undamaged(cls, path: Path) -> Metrics:
+        """Read a file of which nothing may be missing but its last line, which a crash may have cut.
+
+        Raises OSError if it can't be opened, ValueError for another line that is no row: a resumed run leaves none behind.
+        """
+        rows = list(_lines(path))
+        bad = next((number for number, row in enumerate(rows[:-1], 1) if row is None), None)
+        if bad is not None:
+            raise ValueError(f"{path.name} is damaged: line {bad} is no row of metrics")
+        return cls([row for row in rows if row is not None])
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
@@ -124,11 +136,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a metrics file."""
+def _lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Yield the row of each line of a metrics file; None for a line that is none, as while it is being written."""
     with path.open(errors="replace") as lines:
         for line in lines:
-            with contextlib.suppress(ValueError):  # a row that is just being written
+            row = None
+            with contextlib.suppress(ValueError):
                 row = json.loads(line)
-                if isinstance(row, dict) and _is_number(row.get("step")):
-                    yield row
+            yield row if isinstance(row, dict) and _is_number(row.get("step")) else None

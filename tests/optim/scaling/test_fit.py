@@ -37,7 +37,7 @@ def write(folder: Path, config: Any, losses: list[float], samples: int, **change
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(annotated_yaml(typed_config(config)[0]))
     rows = [
-        {"step": i, "loss": loss, "batch_samples": samples, "samples": i * samples, "tokens": i * samples * SEQ_LEN}
+        {"step": i, "loss": loss, "batch_samples": samples, "tokens": i * samples * SEQ_LEN, "tokens_per_second": 1.0}
         for i, loss in enumerate(losses, 1)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -81,6 +81,24 @@ def test_curves_give_back_the_critical_batch(tmp_path: Path, plain: Any, capsys:
     assert (tmp_path / "fits/fit.png").stat().st_size > 10_000 and (tmp_path / "fits/fit.svg").exists()
     printed = capsys.readouterr().out
     assert "batch=critical_loss batch.tokens=" in printed and "learning rate: not fitted" in printed
+
+
+def test_a_step_taken_again_counts_once_and_a_cut_end_is_passed_over(tmp_path: Path, plain: Any) -> None:
+    whole, again = write(tmp_path / "whole", plain, [3.0, 2.0, 1.0], 8), write(tmp_path / "again", plain, [3.0, 2.0, 1.0], 8)
+    first, *others = (again / "metrics.jsonl").read_text().splitlines()
+    repeated = [json.dumps(json.loads(line) | {"loss": 9.0}) for line in others]
+    (again / "metrics.jsonl").write_text("\n".join([first, *repeated, *others, '{"step": 4, "lo']))
+    one, other = read_runs([whole, again])
+    assert one.curve[0].tolist() == other.curve[0].tolist() == [1, 2, 3]
+    assert one.curve[1].tolist() == other.curve[1].tolist() and one.loss == other.loss == 1.0
+
+
+def test_a_damaged_line_within_is_refused(tmp_path: Path, plain: Any) -> None:
+    run = write(tmp_path / "run", plain, [3.0, 2.0, 1.0], 8)
+    first, _, last = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([first, '{"step": 2, "lo', last]))
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl is damaged: line 2"):
+        read_runs([run])
 
 
 def test_runs_that_cannot_be_read_are_named(tmp_path: Path, plain: Any, capsys: pytest.CaptureFixture[str]) -> None:
