@@ -16,9 +16,8 @@ from ..config.lazy import numpy as np
 from ..config.per_host import is_first_on_host, share_on_host
 from ..config.problems import ConfigError, Problem
 from ..config.progress_bar import progress
-from ..data.assignment import Dealer
+from ..data.assignment import Dealer, Share
 from ..data.batch import IGNORED, GlobalBatch
-from ..data.node import DataNode
 from ..data.tokenizer import Tokenizer
 from ..data.validation import ValidationPart, samples_of_parts, validation_parts
 from ..data.validation_sets import ValidationSets
@@ -158,9 +157,9 @@ def evaluate(resolved: ResolvedRun, *, whole: bool = False) -> EvaluationResult:
         engine = make_engine(model, mesh, optimizer_factory(config.optim), config.parallel, settings)
         report = restore_weights(engine, mesh, checkpoint)
         counts = [len(part.samples) for part in parts] if whole else samples_of_parts(parts, config.trainer.eval_samples)
-        found = _part_losses(config, mesh, engine, dealer, parts, counts)
+        token_bytes = None if data.tokenizer is None else token_sizes(data.tokenizer, data.vocabulary)
+        found, sizes = _evaluate_parts(config, mesh, engine, dealer, parts, counts, token_bytes)
         engine.finish()
-        sizes = _bytes_of_parts(mesh, data, parts, counts)
         names = source_names(parts)
         sources = [
             SourceLoss(name, part.weight, samples, round(float(loss.tokens)), float(loss.mean), size)
@@ -174,25 +173,43 @@ def evaluate(resolved: ResolvedRun, *, whole: bool = False) -> EvaluationResult:
         mesh.close()
 
 
-def _part_losses(
-    config: RunConfig, mesh: Mesh, engine: Engine, dealer: Dealer, parts: Sequence[ValidationPart], counts: Sequence[int]
-) -> list[StepLoss]:
-    """Compute the loss on the first samples of each part, of which few are in memory at a time. Rank 0 shows a bar."""
+def _evaluate_parts(
+    config: RunConfig,
+    mesh: Mesh,
+    engine: Engine,
+    dealer: Dealer,
+    parts: Sequence[ValidationPart],
+    counts: Sequence[int],
+    token_bytes: np.ndarray | None,
+) -> tuple[list[StepLoss], list[int] | list[None]]:
+    """Compute the loss on the first samples of each part, and count the bytes of their targets. A collective.
+
+    Few samples are in memory at a time, and each is read once. Rank 0 shows a bar.
+
+    token_bytes: (V,) of each token; None: they have no text, and the counts are None
+    """
     found: list[StepLoss] = []
+    mine = torch.zeros(len(parts), dtype=torch.float64)
     samples, unit = sum(counts), config.batch.micro_size * mesh.layout.data_size
     quiet = not (mesh.is_main and config.logging.progress)
     with progress(f"evaluating {samples:,} samples", quiet=quiet, announce=True) as advance:
         done = 0
-        for part, count in zip(parts, counts, strict=True):
+        for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
             total, tokens = (torch.zeros((), dtype=torch.float64) for _ in range(2))
             for batch in batches_of(count, unit):
-                loss = engine.evaluate(validation_share(config, mesh, dealer, part, batch).micro_batches)
+                share = validation_share(config, mesh, dealer, part, batch)
+                if token_bytes is not None:
+                    mine[number] += _target_bytes(share, token_bytes)
+                loss = engine.evaluate(share.micro_batches)
                 total += loss.total.cpu()  # waits for the device, so that the bar tells what is done
                 tokens += loss.tokens.cpu()
                 done += batch.count
                 advance(done, samples)
             found.append(StepLoss(total, tokens, {}))
-    return found
+    if token_bytes is None:
+        return found, [None] * len(parts)
+    copies = mesh.layout.world_size // mesh.layout.data_size  # ranks that each have counted the same share
+    return found, [round(each / copies) for each in mesh.sum(mine.to(mesh.device)).tolist()]
 
 
 def batches_of(count: int, unit: int) -> Iterator[GlobalBatch]:
@@ -234,27 +251,13 @@ def _result(
     return EvaluationResult(checkpoint, step, mesh.layout.describe(), config.precision, loss, bits, tuple(sources))
 
 
-def _bytes_of_parts(
-    mesh: Mesh, data: DataNode, parts: Sequence[ValidationPart], counts: Sequence[int]
-) -> list[int] | list[None]:
-    """Count the bytes of text of each part's targets, on all ranks: each reads every n-th sample, whatever the layout."""
-    if data.tokenizer is None:
-        return [None] * len(parts)
-    sizes = token_sizes(data.tokenizer, data.vocabulary)
-    mine = [
-        sum(_target_bytes(part, index, sizes) for index in range(mesh.rank, count, mesh.layout.world_size))
-        for part, count in zip(parts, counts, strict=True)
-    ]
-    total = mesh.sum(torch.tensor(mine, dtype=torch.float64, device=mesh.device))
-    return [round(each) for each in total.tolist()]
-
-
 def token_sizes(tokenizer: Tokenizer, vocabulary: int) -> np.ndarray:
     """Return the bytes of each token of the data, whose vocabulary may be padded beyond the tokenizer's."""
     sizes = tokenizer.byte_lengths()
     return np.concatenate([sizes, np.zeros(max(0, vocabulary - len(sizes)), np.int64)])
 
 
-def _target_bytes(part: ValidationPart, index: int, sizes: np.ndarray) -> int:
-    targets = part.samples[index].targets
-    return int(sizes[targets[targets != IGNORED]].sum())
+def _target_bytes(share: Share, sizes: np.ndarray) -> int:
+    """Count the bytes of text of a share's targets. Blank rows have none."""
+    targets = (batch.targets_BS.numpy() for batch in share.micro_batches)
+    return sum(int(sizes[each[each != IGNORED]].sum()) for each in targets)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from meshloom.data.batch import Sample
+from meshloom.data.order import ValidationSamples
 from meshloom.data.tokenizer import Tokenizer
 from meshloom.launch.evaluate import main, read_arguments, resolve_evaluation
 from meshloom.trainer import evaluate as evaluate_module
@@ -22,11 +24,24 @@ TEXT = "Füße tragen den schnellen braunen Fuchs über den faulen Hund. "
 
 
 def evaluated(rank: int, world_size: int, words: list[str]) -> dict[str, Any]:
-    """`meshloom evaluate` with these words, on ranks that are there already, each with one micro-batch at a time."""
+    """`meshloom evaluate` with these words, on ranks that are there already, each with one micro-batch at a time.
+
+    It reads each sample of each part once at most.
+    """
     arguments = read_arguments([*words, f"launch.nproc={world_size}"])
+    read: list[tuple[int, int]] = []
+    get = ValidationSamples.__getitem__
+
+    def counted(samples: ValidationSamples, index: int) -> Sample:
+        read.append((id(samples), index))
+        return get(samples, index)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate_module, "AT_ONCE", 1)
-        return evaluate(resolve_evaluation(arguments), whole=arguments.whole).as_json()
+        patch.setattr(ValidationSamples, "__getitem__", counted)
+        found = evaluate(resolve_evaluation(arguments), whole=arguments.whole).as_json()
+    assert len(set(read)) == len(read), "a sample was read twice"
+    return found
 
 
 def commanded(rank: int, world_size: int, words: list[str]) -> int:
