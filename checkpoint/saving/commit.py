@@ -255,10 +255,16 @@ class RemoteTarget(Target):
     def __init__(self, files: RemoteFiles, coordinator: bool) -> None:
         super().__init__()
         self.files = files
-        self._commit = list_steps(files).commit if coordinator else 0
-        self._lease = Lease(files) if coordinator else None
+        self._lease: Lease | None = None
         self._committed: Manifest | None = None
         self._first = True
+        if coordinator:
+            self._lease = Lease(files)
+            try:
+                self._commit = list_steps(files).commit  # the run before may have committed until it let the folder go
+            except BaseException:
+                self.close()  # or the next try would be told of another run
+                raise
 
     def suffix(self, token: str) -> str:
         """See Target."""

@@ -24,8 +24,9 @@ from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError, HeldError
 from meshloom.checkpoint.fence import FENCE, Fence
 from meshloom.checkpoint.files import RemoteFiles, open_files
-from meshloom.checkpoint.folder import find_latest
+from meshloom.checkpoint.folder import find_latest, list_steps
 from meshloom.checkpoint.lease import Lease
+from meshloom.checkpoint.saving.commit import open_target
 from meshloom.checkpoint.tools import prune
 from support.checkpoint_worlds import fragments, make_arrays
 
@@ -353,6 +354,43 @@ def test_a_run_that_froze_while_it_took_the_folder_gets_nothing(
         assert record(files)["token"] == others[0]._token, "it has the folder still"
         others[0].release()
     Lease(files).release()
+
+
+def test_commits_made_while_a_run_waits_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 0.01)
+    url = f"local://{tmp_path}/run"
+    files = open_files(url)
+    assert isinstance(files, RemoteFiles)
+    files.make()
+    leave(files)
+    watch = Lease._watch
+
+    def commit(self: Lease, first: dict[str, Any]) -> None:
+        monkeypatch.setattr(Lease, "_watch", watch)
+        files.delete(".lock")
+        save(url, 2)  # by the run that is waited for
+        watch(self, {**first, "over": True})
+
+    monkeypatch.setattr(Lease, "_watch", commit)
+    save(url, 1)
+    assert [list_steps(files).heads[f"step-0000000{step}"].commit for step in (2, 1)] == [1, 2]
+
+
+def test_a_folder_that_can_not_be_listed_is_let_go(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("the store is away")
+
+    with monkeypatch.context() as away, pytest.raises(OSError, match="the store is away"):
+        away.setattr(files.system, "ls", refuse)
+        open_target(files.label(), coordinator=True)
+    Lease(files).release()
+
+
+def save(url: str, step: int) -> None:
+    run = Checkpointer(url, Control.alone(), CheckpointConfig(mode="sync"))
+    run.save(step, fragments(make_arrays(step), 1, 0)[0], {})
+    assert [report.outcome for report in run.poll()] == ["committed"]
+    run.close()
 
 
 def test_a_record_that_somebody_tidied_away_is_put_back(files: RemoteFiles) -> None:
