@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import zlib
@@ -33,6 +34,8 @@ from ..stored_file import data_file_names
 from .keeper import Keeper, dismiss, registered
 from .parity import block_bytes, make_groups, span_of
 from .wire import Address, Connection
+
+log = logging.getLogger(__name__)
 
 DOMAIN_VARIABLE = "MESHLOOM_FAILURE_DOMAIN"
 ASK_SECONDS = 5.0
@@ -263,20 +266,26 @@ def choose(statuses: Iterable[tuple[Address, list[dict[str, Any]]]]) -> Recovery
 
 
 def _world_size(recovery: Recovery) -> int | None:
-    """Number of ranks that saved a version; a group that is lost as a whole shows as a difference."""
-    with contextlib.suppress(CheckpointError):
+    """Number of ranks that saved a version; a group that is lost as a whole shows as a difference. None: it can't be told."""
+    try:
         return int(json.loads(_manifest_of(recovery))["world_size"])
-    return None
+    except (CheckpointError, ValueError, KeyError, TypeError) as error:
+        log.warning("the memory of step %d is left out: its manifest can't be read: %s", recovery.step, error)
+        return None
 
 
 def _manifest_of(recovery: Recovery) -> bytes:
+    """Fetch a version's manifest. Raises CheckpointError if its keeper can't be asked, DamageError if it can't be unpacked."""
     data = bytearray(recovery.manifest_bytes)
     link = Connection(recovery.manifest_at, ASK_SECONDS)
     try:
         link.fetch(recovery.version, "manifest", memoryview(data), 0)
     finally:
         link.close()
-    return zlib.decompress(bytes(data))
+    try:
+        return zlib.decompress(bytes(data))
+    except zlib.error as error:
+        raise DamageError(f"memory of step {recovery.step}/{MANIFEST}", f"unpacking it failed: {error}") from error
 
 
 def manifest_of(text: str) -> Manifest:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,12 +17,12 @@ from torch.distributed import FileStore
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
-from meshloom.checkpoint.errors import CheckpointError
+from meshloom.checkpoint.errors import CheckpointError, DamageError
 from meshloom.checkpoint.identity import RunIdentity
-from meshloom.checkpoint.memory import keeper
+from meshloom.checkpoint.memory import keeper, tier
 from meshloom.checkpoint.memory.keeper import dismiss, registered
 from meshloom.checkpoint.memory.tier import DOMAIN_VARIABLE
-from meshloom.checkpoint.memory.wire import Connection
+from meshloom.checkpoint.memory.wire import Address, Connection
 from meshloom.checkpoint.restore import holds_checkpoint, read_state, restore
 from support.checkpoint_runs import restored_step
 from support.checkpoint_worlds import Gate, fragments, holds, make_arrays, together, told_of
@@ -130,6 +131,23 @@ def test_two_losses_in_a_group_fall_back_to_the_disk(folder: Path) -> None:
     crashed_run(folder, 4, group=4, nodes=4, disk_step=2)
     lose_keepers(folder, {0, 3})
     assert recovered(folder, 2, 2)[0].endswith("step-00000002")
+
+
+@pytest.mark.parametrize("text", [b"not packed", zlib.compress(b"{"), zlib.compress(b"[]"), zlib.compress(b"{}")])
+def test_a_version_whose_manifest_is_damaged_is_left_out(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
+    class Damaged:
+        def fetch(self, version: str, what: str, target: memoryview, offset: int) -> None:
+            target[:] = text
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(tier, "Connection", lambda *_: Damaged())
+    address = Address("here", 1, "", 0)
+    info = {"version": "v", "step": 3, "manifest": len(text), "members": [0], "block": 0, "size": 8}
+    assert tier.choose([(address, [info])]) is None, "the disk is next"
+    with pytest.raises(DamageError, match="memory of step 3"):
+        tier.manifest_of(tier.Recovery("v", 3, {0: (address, 8)}, {}, address, len(text)).encode())
 
 
 def test_another_runs_memory_is_left_alone(folder: Path) -> None:
