@@ -194,7 +194,11 @@ class AdamW8bit(torch.optim.Optimizer):
         """Return a moment's codes and scales; of zeros where there are none."""
         state = self.state[parameter.tensor]
         if f"{role}_code" not in state:
-            self._write(parameter, role, torch.zeros_like(parameter.tensor))
+            shape, like = parameter.tensor.shape, parameter.tensor
+            # What `quantize` makes of zeros. It would take several fp32 tensors of the weight's size for it.
+            zero = dynamic_table(role == "exp_avg").index(0.0)
+            state[f"{role}_code"] = torch.full(shape, zero, dtype=torch.uint8, device=like.device)
+            state[f"{role}_scale"] = like.new_zeros(shape[0], -(-shape[1] // self._block))
         return state[f"{role}_code"], state[f"{role}_scale"]
 
     def _read(self, parameter: NamedParameter, role: str) -> torch.Tensor:

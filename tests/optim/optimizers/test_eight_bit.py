@@ -91,6 +91,19 @@ def test_state_takes_two_bytes_an_element() -> None:
     assert sum(value.numel() * value.element_size() for value in held) == 2 * 64 * 256 + 2 * 64 * 4
 
 
+@pytest.mark.parametrize("shape", [(5, 70), (0, 64), (3, 64)])
+def test_the_first_moments_are_quantised_zeros(shape: tuple[int, int]) -> None:
+    weight = torch.nn.Parameter(torch.ones(shape))
+    optimizer = build_optimizer(
+        AdamW8bitConfig(block=32, min_size=0), [NamedParameter("w", weight, (8, shape[1]))], Unsharded()
+    )
+    assert isinstance(optimizer, AdamW8bit)
+    for role, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        held, coded = optimizer._held(optimizer._parameters[0], role), quantize(torch.zeros(shape), table(signed), 32)
+        for found, expected in zip(held, coded, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_a_cut_inside_a_block_is_refused_by_key() -> None:
     cut = NamedParameter("layers.0.wo.weight", torch.nn.Parameter(torch.zeros(64, 96)), (64, 192), offsets=(0, 96))
     with pytest.raises(ConfigError, match=r"optim.block.*64 does not divide the 96 columns.*layers.0.wo.weight"):
