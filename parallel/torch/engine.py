@@ -238,9 +238,14 @@ class TorchEngine:
             yield from self._balance.fragments()
 
     def prepare_restore(self) -> None:
-        """Make the optimizer create its state: one update with a zero gradient at rate zero, which changes no weight."""
+        """Make the optimizer create its state: one update with a zero gradient at rate zero, which changes no weight.
+
+        It takes no more memory than one of training.
+        """
+        self.weights.sync_from_masters()  # those of the initial values end here if they exist only during an update
         for weight in self.weights.local.values():
-            weight.tensor.grad = torch.zeros_like(weight.tensor)
+            like = weight.compute_copy if self._update.fused else None
+            weight.tensor.grad = torch.zeros_like(weight.tensor, dtype=None if like is None else like.dtype)
         self.update(0.0)
         self.zero_grad()
         self.load_counters(initial_counter_values(self.optimizer, self.counters()))

@@ -2,8 +2,8 @@
 
 Before an update the masters' memory is taken, and filled from the bf16 weights. The optimizer updates them as ever. Then they
 are rounded back into the weights, and their memory is freed. An optimizer that is a `RoundedStep` does all of it element by
-element, and masters never have memory. A step is mostly smaller than a bf16 number's spacing, so
-rounding to the nearest would lose it. Two ways keep it:
+element, and masters never have memory. A step is mostly smaller than a bf16 number's spacing, so rounding to the nearest would
+lose it. Two ways keep it:
 
 bf16_stochastic  rounds up or down by chance, so that the mean is exact (arXiv 2010.06192); drawn by seed, weight, number of
                  the update (one that is skipped counts, too) and position in the whole weight: the same on every layout

@@ -125,16 +125,20 @@ def test_bits_are_equal_on_zero_0_and_1_and_after_a_restore() -> None:
 class InPlace(AdamW):
     """AdamW that updates what is kept in the place of masters, as a kernel of a GPU does, by PyTorch's operations."""
 
-    rounded_step = True
-    updates = 0
+    fused_step = rounded_step = True
+    updates, taken = 0, frozenset[torch.dtype]()
 
     def step(self, closure: Any = None) -> None:
         kept, self.kept = self.kept or {}, None
+        gradients = {weight: weight.grad for group in self.param_groups for weight in group["params"]}
+        self.taken |= {gradient.dtype for gradient in gradients.values()}
+        for weight, gradient in gradients.items():
+            weight.grad = gradient.float()
         for weight, held in kept.items():
             assert not weight.untyped_storage().size(), "masters have no memory"
             weight.untyped_storage().resize_(weight.numel() * 4)
             weight.data.copy_(held.value.float() if held.remainder is None else held.value.float() + held.remainder.float())
-        super().step()
+        torch.optim.AdamW.step(self)
         for weight, held in kept.items():
             if held.remainder is not None:
                 split_in_two(weight.data, held.value, held.remainder)
@@ -155,11 +159,14 @@ def in_place(rank: int, world_size: int, kind: str) -> list[tuple[torch.Tensor, 
             config = AdamWConfig(lr=0.01, fused=False)
             engine = engine_of(parallel, world_size, kind, config, make=functools.partial(optimizer, config))
             engine.prepare_restore()
+            prepared: Any = engine.optimizer  # type: ignore[attr-defined]
+            if optimizer is InPlace:
+                assert prepared.updates == 1 and prepared.taken == {torch.bfloat16}, "as in training: no masters, no fp32"
             engine.load_counters({name: 3.0 if name == "roundings" else 0.0 for name in engine.counters()})
             for number in range(3):
                 update(engine, number)
             found.append((weights(engine), engine.counters()))
-            assert optimizer is AdamW or engine.optimizer.updates == 3, "the first update has masters"  # type: ignore[attr-defined]
+            assert optimizer is AdamW or prepared.updates == 4
     return found
 
 
