@@ -101,7 +101,7 @@ def main() -> None:
         matrices = matrices_of(count, rows, columns, settings.device)
         wanted = exact(matrices[0]) if settings.errors else None
         for dtype in settings.dtypes.split(","):
-            ITERATED_IN[torch.bfloat16] = DTYPES[dtype]
+            ITERATED_IN["cuda"] = DTYPES[dtype]
             row: dict[str, object] = {"batch": batch, "dtype": dtype, "groups": groups_of_steps(rows, columns)}
             ways = {"run": (None, fits)}
             for form, groups in (("apart", APART), ("together", TOGETHER)):

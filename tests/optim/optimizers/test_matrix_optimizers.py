@@ -32,7 +32,7 @@ from meshloom.optim.optimizers.matrix_config import (
     NorMuonConfig,
     SOAPConfig,
 )
-from meshloom.optim.optimizers.newton_schulz import COEFFICIENTS, EPS, orthogonalize, orthogonalize_all
+from meshloom.optim.optimizers.newton_schulz import COEFFICIENTS, EPS, ITERATED_IN, orthogonalize, orthogonalize_all
 from meshloom.optim.optimizers.newton_schulz_forms import STEPS, cost, groups_of_steps
 from meshloom.optim.optimizers.parameters import NamedParameter, Unsharded
 from meshloom.parallel.config import ParallelConfig
@@ -172,6 +172,19 @@ def test_five_iterations_bring_singular_values_near_1(shape: tuple[int, int]) ->
     assert values.min() > 0.6 and values.max() < 1.3
 
 
+@pytest.fixture
+def iterated_as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ITERATED_IN, "cpu", torch.float16)
+
+
+def test_bf16_matrices_are_iterated_in_fp32_on_a_cpu() -> None:
+    matrix = drawn(32, 96).bfloat16()
+    found = orthogonalize([matrix])[0]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), polynomial_of_singular_values(matrix.double()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("iterated_as_on_gpus")
 @pytest.mark.parametrize("shape", [(128, 512), (512, 128), (128, 128)])
 def test_newton_schulz_of_bf16_makes_steps_neither_long_nor_short(shape: tuple[int, int]) -> None:
     """Iterated in bf16 they are 1 % too short, and the error is 0.015."""
@@ -214,6 +227,7 @@ def apart_in_bf16(matrix: torch.Tensor) -> torch.Tensor:
     return x
 
 
+@pytest.mark.usefixtures("iterated_as_on_gpus")
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_iterations_together_are_as_exact_as_those_apart_in_bf16(spectrum: str) -> None:
     """Whatever the singular values are: rounding makes eigenvalues of a Gram matrix negative, which then grow."""
