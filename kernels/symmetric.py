@@ -1,8 +1,9 @@
 """Batched products whose results are symmetric, half of them computed, on Hopper GPUs with quack-kernels (meshloom[flash4]).
 
 quack's kernel computes the tiles on and below the diagonal, and writes each to its mirrored place, too. Everywhere else, and
-where that would not be faster, torch computes the whole product. Which it is depends on the device and the shape alone. Their
-results differ by rounding. quack compiles a kernel on first use (seconds), and keeps it on disk.
+where that would not be faster, torch computes the whole product. Which it is depends on the device, the shape and the number of
+matrices: that of a wave, which depends on the layout. Their results differ by rounding. quack compiles a kernel on first use
+(seconds), and keeps it on disk.
 
 Shape legend: B matrices of a batch, M rows and columns of a result, K terms of its sums.
 """
@@ -10,22 +11,19 @@ Shape legend: B matrices of a batch, M rows and columns of a result, K terms of 
 from __future__ import annotations
 
 import functools
-import logging
 from types import ModuleType
 
 import torch
 
-from . import precompile
 from .trial import survived
-
-log = logging.getLogger(__name__)
 
 NAME = "symmetric products"
 UNIT = 8
 """M and K must be multiples of it: the kernel reads 16 bytes at a time."""
 LEAST = 1 << 23
 """Elements of a batch of results from which on quack is faster on an H200: two of 2048 × 2048 are a draw."""
-_DTYPES = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.bfloat16, torch.float16)  # Newton–Schulz iterates in the latter; benchmarks compare both
+_allowed = True
 _TOLERANCE = 0.02  # bf16 rounds by 0.002 to 0.004 a product
 
 
@@ -42,22 +40,17 @@ def symmetric_product(
     The product is where right is left's transpose, and where both are polynomials of one symmetric matrix. `alpha` needs
     `added`. No gradient is computed.
     """
-    if _fits(left_BMK, right_BKM) and unsupported_reason(left_BMK.device) is None:
+    if _allowed and _fits(left_BMK, right_BKM) and unsupported_reason(left_BMK.device) is None:
         return _half(left_BMK, right_BKM, added_BMM, alpha, beta)
     if added_BMM is None:
         return torch.bmm(left_BMK, right_BKM)
     return torch.baddbmm(added_BMM, left_BMK, right_BKM, beta=beta, alpha=alpha)
 
 
-@functools.cache
-def prepare(device: torch.device) -> None:
-    """Import and try the kernel when its compilation has ended, which the run may have begun. Logs once why there is none."""
-    if device.type != "cuda":
-        return
-    precompile.wait(NAME, unsupported_reason, device)
-    reason = unsupported_reason(device)
-    if reason is not None:
-        log.info("no kernel computes half of %s: %s", NAME, reason)
+def set_allowed(allowed: bool) -> None:
+    """Let this process use the kernel, where it works, or not: no rank uses it where another can't."""
+    global _allowed
+    _allowed = allowed
 
 
 @functools.cache

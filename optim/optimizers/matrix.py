@@ -125,7 +125,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     @property
     def masked_step(self) -> bool:
-        """See `MaskedStep`; what is not of blocks must have torch's fused kernel."""
+        """See `MaskedStep`; what is not of blocks must have a fused kernel, ours or torch's."""
         held = (weight for group in self.param_groups if group["label"] == ELEMENTWISE for weight in group["params"])
         return self.can_skip and all(_is_fused(weight) for weight in held)
 

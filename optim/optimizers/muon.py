@@ -11,10 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ...kernels import symmetric
 from .matrix import MatrixOptimizer
 from .matrix_config import MuonConfig, NorMuonConfig
-from .newton_schulz import ITERATED_IN, orthogonalize_all
+from .newton_schulz import orthogonalize_all
 from .newton_schulz_forms import cost
 from .parameters import Matrix, NamedParameter, Shards
 
@@ -31,8 +30,8 @@ class Muon(MatrixOptimizer):
     mup              √(rows/columns): the spectral norm that lets the best rate carry over widths (arXiv 2310.17813)
 
     What travels between ranks has the dtype of the forward pass. The products of the iteration have it, too, but in
-    place of bf16 they are in fp16. With `per_head` each head's rows of a query, key or value projection are a matrix, and so is
-    each part of a projection that joins several.
+    place of bf16 they are in fp16 on a GPU, and in fp32 elsewhere. With `per_head` each head's rows of a query, key or value
+    projection are a matrix, and so is each part of a projection that joins several.
     """
 
     can_skip = True
@@ -53,8 +52,6 @@ class Muon(MatrixOptimizer):
 
     def updates(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         """Orthogonalise the momenta."""
-        if self._dtype in ITERATED_IN:
-            symmetric.prepare(self.hidden[0].tensor.device)
         return self.matrices.map(self._momenta(gradients), self._direction, self._dtype)
 
     def _momenta(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from ...kernels import precompile, swiglu
+from ...kernels import precompile, swiglu, symmetric
 from ...kernels.attention import CausalAttention
 from ...kernels.experts import fused as fused_experts
 from ...kernels.experts.fused import FusedExperts
@@ -22,6 +22,7 @@ from ...kernels.swiglu import FusedSwiglu
 from ...models.config import DecoderConfig
 from ...models.init import fill
 from ...models.protocol import BlockKernels, Model
+from ...optim.optimizers.muon import Muon
 from ..activation import Timer, apply_policies
 from ..config import ParallelConfig
 from ..context.split import ContextParallel
@@ -73,6 +74,14 @@ def fuses_experts(model: Model, mesh: Mesh, parallel: ParallelConfig, settings: 
         return False
     blocker = fused_experts_blocker(shape, parallel, settings)
     return _works_on_all(mesh, EXPERTS, blocker, fused_experts.unsupported_reason, experts_compilations())
+
+
+def agree_on_symmetric_products(optimizer: torch.optim.Optimizer, mesh: Mesh, settings: EngineSettings) -> None:
+    """Let the optimizer's symmetric products be computed by their kernel, if all ranks can. Every rank must call it."""
+    if mesh.device.type != "cuda" or settings.compute != torch.bfloat16 or not isinstance(optimizer, Muon):
+        return
+    tried = symmetric.unsupported_reason
+    symmetric.set_allowed(_works_on_all(mesh, symmetric.NAME, None, tried, {symmetric.NAME: tried}))
 
 
 def _works_on_all(

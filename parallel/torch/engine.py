@@ -40,7 +40,7 @@ from ..pipeline.run import Pipeline
 from ..pipeline.shared_cell import SharedCell, own_parameters
 from ..pipeline.stages import StagePlan, stage_count
 from ..pipeline.tied_head import TiedHead
-from .assembly import fill_weights, fuses_experts, fuses_swiglu, own_stages, parallelize_stage
+from .assembly import agree_on_symmetric_products, fill_weights, fuses_experts, fuses_swiglu, own_stages, parallelize_stage
 from .groups import parameter_groups
 from .inputs import ModelInputs
 from .islands import Islands, layers_of_weights
@@ -101,6 +101,7 @@ class TorchEngine:
 
         self._parameters = self.weights.named_parameters(model)
         self.optimizer = make_optimizer(self._parameters, self.weights.shards)
+        agree_on_symmetric_products(self.optimizer, mesh, settings)
         self._update = Update(self.optimizer, self.weights.local)
         self._noise = GradientNoise(mesh, self.weights.placed)
         if settings.measures:

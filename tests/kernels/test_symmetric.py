@@ -10,6 +10,10 @@ import torch
 
 from meshloom.kernels import symmetric
 from meshloom.kernels.symmetric import symmetric_product
+from meshloom.optim.optimizers.matrix_config import MuonConfig
+from meshloom.optim.optimizers.muon import Muon
+from meshloom.optim.optimizers.parameters import NamedParameter, Unsharded
+from meshloom.parallel.torch import assembly
 
 CUDA = torch.device("cuda")
 
@@ -88,12 +92,22 @@ def test_a_product_left_out_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert symmetric._error(torch.device("cpu")) > 0.1
 
 
-def test_a_run_is_told_why_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("others", [False, True])
+def test_no_rank_uses_the_kernel_where_another_cannot(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, others: bool
+) -> None:
     caplog.set_level("INFO", logger="meshloom")
     waited: list[str] = []
-    monkeypatch.setattr(symmetric.precompile, "wait", lambda name, *_: waited.append(name))
-    monkeypatch.setattr(symmetric, "unsupported_reason", lambda _: "it needs a Hopper GPU")
-    symmetric.prepare.__wrapped__(torch.device("cpu"))
-    assert not waited and not caplog.text
-    symmetric.prepare.__wrapped__(CUDA)
-    assert waited == [symmetric.NAME] and "symmetric products: it needs a Hopper GPU" in caplog.text
+    monkeypatch.setattr(assembly.precompile, "wait", lambda name, *_: waited.append(name))
+    monkeypatch.setattr(symmetric, "_fits", lambda *_: True)
+    monkeypatch.setattr(symmetric, "unsupported_reason", lambda _: None)
+    monkeypatch.setattr(symmetric, "_allowed", True)
+    monkeypatch.setattr(symmetric, "_half", lambda *_: torch.ones(()))
+    x = torch.zeros(1, 8, 8)
+    mesh: Any = SimpleNamespace(device=CUDA, rank=0, is_main=True, any=lambda mine: mine or others)
+    settings: Any = SimpleNamespace(compute=torch.bfloat16)
+    weight = torch.nn.Parameter(torch.zeros(8, 8))
+    optimizer = Muon(MuonConfig(), [NamedParameter("layers.0.w", weight, (8, 8), hidden=True)], Unsharded())
+    assembly.agree_on_symmetric_products(optimizer, mesh, settings)
+    assert waited == [symmetric.NAME] and ("symmetric products: another rank can't" in caplog.text) == others
+    assert symmetric_product(x, x).sum() == (0 if others else 1)
