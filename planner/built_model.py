@@ -9,10 +9,10 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from ..models.protocol import Model, decoder_shape
-from ..optim.optimizers.parameters import FusedStep, NamedParameter, Unsharded
+from ..optim.optimizers.parameters import FusedStep, NamedParameter, RoundedStep, Unsharded
 from ..parallel.engine import OptimizerFactory
 from ..parallel.tensor.placements import weight_owners
-from .memory import OptimizerBytes, WeightGroup
+from .memory import OptimizerBytes, OptimizerNeeds, WeightGroup
 from .parameters import Inventory, ParameterShape
 
 
@@ -32,10 +32,10 @@ def model_inventory(model: Model, tp: int) -> Inventory:
 def tried_optimizer(make: OptimizerFactory) -> OptimizerBytes:
     """Return a count of what an optimizer keeps, by a step on tensors without storage.
 
-    It returns (None, False) for an optimizer that can't take one.
+    Its state is not known if it can't take one. What it holds in an update alone is not counted.
     """
 
-    def count(groups: Sequence[WeightGroup], unit: int) -> tuple[int | None, bool]:
+    def count(groups: Sequence[WeightGroup], unit: int) -> OptimizerNeeds:
         shards = [each for group in groups for each in group.named()]
         dtype = torch.float64 if unit == 8 else torch.float32
         try:
@@ -51,9 +51,9 @@ def tried_optimizer(make: OptimizerFactory) -> OptimizerBytes:
             optimizer = make(parameters, Unsharded())
             optimizer.step()
         except (RuntimeError, NotImplementedError):  # an optimizer whose step asks for numbers
-            return None, False
+            return OptimizerNeeds(None)
         values = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
         size = sum(value.numel() * value.element_size() for value in values if value.dim())
-        return size, isinstance(optimizer, FusedStep)
+        return OptimizerNeeds(size, isinstance(optimizer, FusedStep), isinstance(optimizer, RoundedStep))
 
     return count

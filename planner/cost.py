@@ -25,7 +25,7 @@ from ..models.costs import (
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import Layout, uses_fsdp
 from ..parallel.pipeline.stages import StagePlan, balanced_stages, cell_stages
-from .memory import Cutter, Job, OptimizerBytes, WeightGroup
+from .memory import Cutter, Job, OptimizerBytes, OptimizerNeeds, WeightGroup
 from .network import gradient_levels
 from .orders import Order, pipeline_order, repeated
 from .parameters import CELL, Inventory
@@ -165,14 +165,14 @@ def _rank_cost(
         for group in groups
         if group.name not in (lent if at == owner else {*lent, CELL})
     ]
-    state, one_pass = optimizer(own, PRECISIONS[job.precision].accum_bytes)
+    needs = optimizer(own, PRECISIONS[job.precision].accum_bytes)
     weights, parcels = _WeightBytes(0, 0, 0, 0), 0
     for experts in (False, True):
         part = [group for group in held if group.experts is experts]
         if part:
             sent = _parcels(part, model, parallel, layout, job)
             weights, parcels = (
-                weights.plus(_weight_bytes(part, model, parallel, layout, job, sent > 0, one_pass)),
+                weights.plus(_weight_bytes(part, model, parallel, layout, job, sent > 0, needs)),
                 parcels + sent,
             )
     forward_pass = job.forward_pass(parallel)
@@ -188,7 +188,7 @@ def _rank_cost(
         gathered=weights.gathered,
         gradients=weights.gradients,
         held=weights.left,
-        optimizer=state,
+        optimizer=needs.state,
         activations=_activation_bytes(rank, model, plan, job, forward_pass, hidden, order),
         working=_working_bytes(model, job, forward_pass, loss=last in mine) + beside,
         late=_working_bytes(model, job, forward_pass, loss=False) + beside,
@@ -217,13 +217,30 @@ def _weight_bytes(
     layout: Layout,
     job: Job,
     parcels: bool,
-    one_pass: bool,
+    needs: OptimizerNeeds,
 ) -> _WeightBytes:
     """Count weights that are held in one way: all experts that are dealt out, or all others."""
     if parallel.engine == "torch" and not uses_fsdp(parallel, layout, experts=held[0].experts):
-        found = _whole_weights(held, layout, job, parcels=parcels, one_pass=one_pass)
-        return replace(found, gradients=found.gradients + level_bytes(held, parallel, layout, job))
-    return _fully_sharded_weights(held, model, parallel, layout, job, parcels=parcels)
+        found = _whole_weights(held, layout, job, parcels=parcels, needs=needs)
+        found = replace(found, gradients=found.gradients + level_bytes(held, parallel, layout, job))
+        narrow = _narrow_gradients(held, layout, job, needs)
+    else:
+        found, narrow = _fully_sharded_weights(held, model, parallel, layout, job, parcels=parcels), False
+    return replace(found, gradients=found.gradients + _update_bytes(held, job, needs, narrow=narrow))
+
+
+def _narrow_gradients(held: Sequence[WeightGroup], layout: Layout, job: Job, needs: OptimizerNeeds) -> bool:
+    """Return whether gradients of weights that lie whole go to the optimizer in the dtype of the computation."""
+    sharing = layout.expert_weights * layout.expert_copies if held[0].experts else layout.gradient_ranks
+    exact = PRECISIONS[job.precision]
+    return sharing == 1 and job.micro_batches == 1 and exact.bytes < exact.accum_bytes and needs.fused
+
+
+def _update_bytes(held: Sequence[WeightGroup], job: Job, needs: OptimizerNeeds, *, narrow: bool) -> int:
+    """Count what updates of whole matrices take beside gradients. narrow: these are in the dtype of the computation"""
+    unit, exact = PRECISIONS[job.precision].bytes, PRECISIONS[job.precision].accum_bytes
+    element = {"none": 0, "computed": 2 * unit, "widened": exact * (2 if narrow else 1)}[needs.updates]
+    return element * sum(shard.padded for group in held for shard in group.shards if shard.of.hidden) if element else 0
 
 
 def _fully_sharded_weights(
@@ -249,13 +266,15 @@ def _fully_sharded_weights(
     return _WeightBytes(shards, at_once * unit, gradients, left)
 
 
-def _whole_weights(held: Sequence[WeightGroup], layout: Layout, job: Job, *, parcels: bool, one_pass: bool) -> _WeightBytes:
+def _whole_weights(
+    held: Sequence[WeightGroup], layout: Layout, job: Job, *, parcels: bool, needs: OptimizerNeeds
+) -> _WeightBytes:
     """Count weights that lie whole beside their masters. Of one dtype, the masters are a part of them.
 
     Gradients are added up whole. While a group's are on their way, as they were sent and as they are received, the next
     one's are computed.
 
-    parcels: whether copy engines send them; one_pass: whether the optimizer takes gradients in the dtype of the computation
+    parcels: whether copy engines send them
     """
     unit, exact = PRECISIONS[job.precision].bytes, PRECISIONS[job.precision].accum_bytes
     whole, shards = sum(group.whole for group in held), sum(group.padded for group in held) * exact
@@ -265,11 +284,12 @@ def _whole_weights(held: Sequence[WeightGroup], layout: Layout, job: Job, *, par
     away = 2 * (exact if accumulates else unit) if shared and not parcels else 0
     moving = max(group.whole for group in held) * (away + (0 if shared and accumulates else unit))
     gradients = shards + (whole * exact if accumulates and shared else 0) + moving
-    if not shared and job.micro_batches == 1 and unit < exact and one_pass:
+    if _narrow_gradients(held, layout, job, needs):
         gradients = whole * unit  # they go to the optimizer as they are
     left = 0 if job.micro_batches == 1 else whole * exact if accumulates else shards
-    if job.masters != "full":  # they are there during the update alone, when the gradients are
-        return _WeightBytes(shards // 2 if job.masters == "bf16_kahan" else 0, gathered, gradients + shards, left)
+    if job.masters != "full":  # they are there during the update alone, when the gradients are, if it needs them
+        masters = 0 if needs.rounded else shards
+        return _WeightBytes(shards // 2 if job.masters == "bf16_kahan" else 0, gathered, gradients + masters, left)
     return _WeightBytes(shards, gathered, gradients, left)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..models.costs import ForwardPass
 from ..optim.optimizers.config import AdamWConfig, OptimConfig
 from ..optim.optimizers.eight_bit_config import AdamW8bitConfig
-from ..optim.optimizers.matrix_config import MatrixOptimConfig
+from ..optim.optimizers.matrix_config import MatrixOptimConfig, MuonConfig
 from ..optim.optimizers.state_size import state_size
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import Layout
@@ -138,9 +139,25 @@ class Cutter:
         return WeightGroup(name, tuple(shards), whole, padded, ranks, experts, layout.stage_ranks)
 
 
-OptimizerBytes = Callable[[Sequence[WeightGroup], int], tuple[int | None, bool]]
-"""(weights, bytes of an element) → bytes of the optimizer's state for them, None where that is not known before it runs; and
-whether the optimizer takes gradients in the dtype of the computation (`optim.optimizers.parameters.FusedStep`)."""
+@dataclass(frozen=True)
+class OptimizerNeeds:
+    """What an optimizer takes of a rank's memory, on a GPU with Triton.
+
+    state    bytes; None where that is not known before it runs
+    fused    whether it takes gradients in the dtype of the computation (`optim.optimizers.parameters.FusedStep`)
+    rounded  whether bf16 weights need no masters in its update (`RoundedStep`)
+    updates  which updates of whole matrices it holds at once: those that travel in the dtype of the computation, with what they
+             are made of (`computed`: Muon), or those in the masters' dtype, with gradients that are widened to it (`widened`)
+    """
+
+    state: int | None
+    fused: bool = False
+    rounded: bool = False
+    updates: Literal["none", "computed", "widened"] = "none"
+
+
+OptimizerBytes = Callable[[Sequence[WeightGroup], int], OptimizerNeeds]
+"""(weights, bytes of an element) → what the optimizer takes for them."""
 
 
 def optimizer_bytes(config: OptimConfig) -> OptimizerBytes | None:
@@ -150,14 +167,16 @@ def optimizer_bytes(config: OptimConfig) -> OptimizerBytes | None:
     """
     if state_size(config, (1, 1), 1, hidden=False) is None:
         return None
-    fused = isinstance(config, AdamWConfig | AdamW8bitConfig | MatrixOptimConfig)
+    rounded = isinstance(config, AdamWConfig | AdamW8bitConfig)
+    fused = rounded or isinstance(config, MatrixOptimConfig)
+    updates = "computed" if isinstance(config, MuonConfig) else "widened" if isinstance(config, MatrixOptimConfig) else "none"
 
-    def count(groups: Sequence[WeightGroup], unit: int) -> tuple[int | None, bool]:
+    def count(groups: Sequence[WeightGroup], unit: int) -> OptimizerNeeds:
         known: dict[int, int] = {}  # of groups of one kind, which share their shards
         for group in groups:
             if id(group.shards) not in known:
                 known[id(group.shards)] = sum(_state_bytes(config, each, unit, group.stage_ranks) for each in group.shards)
-        return sum(known[id(group.shards)] for group in groups), fused
+        return OptimizerNeeds(sum(known[id(group.shards)] for group in groups), fused, rounded, updates)
 
     return count
 

@@ -29,7 +29,8 @@ from meshloom.models.mixture.ledger import Ledger, Routing
 from meshloom.models.norm import Norm
 from meshloom.models.protocol import BlockKernels
 from meshloom.optim.optimizers.adamw import AdamW
-from meshloom.optim.optimizers.config import AdamWConfig
+from meshloom.optim.optimizers.config import AdamWConfig, LionConfig, OptimConfig
+from meshloom.optim.optimizers.matrix_config import AdafactorConfig, MuonConfig
 from meshloom.parallel.activation import apply_policies
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engines import make_engine
@@ -103,14 +104,31 @@ TIED = [ParallelConfig(zero=3), ParallelConfig(zero=3, pp=2), ParallelConfig(zer
 def test_masters_that_exist_only_during_an_update_are_counted_there() -> None:
     inventory, layout = decoder_inventory(ONE_B), Layout.plan(ParallelConfig(zero=1), 2)
     job = Job(1024, 1, 4, "bf16", ["none"] * 16, compiled=True)
-    found = {
-        kind: layout_cost(inventory, ParallelConfig(zero=1), layout, replace(job, masters=kind), optimizer_bytes(AdamWConfig()))
-        for kind in ("full", "bf16_kahan", "bf16_stochastic")
-    }
-    full, kahan, chance = (cost.ranks[0] for cost in found.values())
-    assert (full.weights, kahan.weights, chance.weights) == (4 * full.elements, 2 * full.elements, 0)
-    assert kahan.gradients == chance.gradients == full.gradients + 4 * full.elements
-    assert chance.gathered == full.gathered and chance.held == full.held
+    kinds = ("full", "bf16_kahan", "bf16_stochastic")
+    for config, masters in ((AdamWConfig(), 0), (LionConfig(), 4)):  # AdamW's kernel needs none
+        full, kahan, chance = (
+            layout_cost(inventory, ParallelConfig(zero=1), layout, replace(job, masters=kind), optimizer_bytes(config)).ranks[0]
+            for kind in kinds
+        )
+        assert (full.weights, kahan.weights, chance.weights) == (4 * full.elements, 2 * full.elements, 0)
+        assert kahan.gradients == chance.gradients == full.gradients + masters * full.elements
+        assert chance.gathered == full.gathered and chance.held == full.held
+
+
+@pytest.mark.parametrize(
+    ("config", "alone", "shared"), [(MuonConfig(), 4, 4), (AdafactorConfig(), 8, 4), (AdamWConfig(), 0, 0)]
+)
+def test_updates_of_whole_matrices_are_held_at_once(config: OptimConfig, alone: int, shared: int) -> None:
+    """Muon's in bf16, with its lookaheads. Others' in fp32, with gradients: of one rank these are bf16, and so are widened."""
+    inventory, parallel = decoder_inventory(ONE_B), ParallelConfig(zero=1)
+    hidden = sum(each.numel for each in inventory.parameters if each.hidden)
+    for ranks, element in ((1, alone), (2, shared)):
+        layout, job = Layout.plan(parallel, ranks), Job(1024, 1, 1, "bf16", ["none"] * 16, compiled=True)
+        known, plain = (
+            layout_cost(inventory, parallel, layout, job, optimizer_bytes(each)).ranks[0].gradients
+            for each in (config, AdamWConfig())
+        )
+        assert known - plain == element * hidden / ranks
 
 
 def all_held(rank: int, world_size: int, works: list[Work]) -> list[tuple[int, int, int, int]]:

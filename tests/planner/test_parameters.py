@@ -73,6 +73,6 @@ def test_state_of_whole_matrices_is_shared_out() -> None:
     assert count is not None
     inventory = decoder_inventory(DecoderConfig.of(SHAPE))
     stage = inventory.stage(range(4), first=True, last=True)
-    (whole, _), (shared, _) = (count(Cutter(layout).cut(stage), 4) for layout in (Layout(), Layout(shard=3, tp=2)))
+    whole, shared = (count(Cutter(layout).cut(stage), 4).state for layout in (Layout(), Layout(shard=3, tp=2)))
     assert whole is not None and shared is not None
     assert whole / 6 <= shared < 1.2 * whole / 6
