@@ -18,6 +18,7 @@ import yaml
 
 from .cluster import ClusterConfig, Rates
 from .kernel_time import HIDDEN, Kernels
+from .network import node_bytes
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def _fit_collectives(cluster: ClusterConfig, found: Sequence[Collective]) -> dic
         rows = [(each.size * (each.ranks - 1) / each.ranks / each.seconds, 1 / each.seconds) for each in mine]
         inverse, latency = _least_squares(rows)
         if across:
-            peak = cluster.node_network
+            peak = node_bytes(cluster, max(each.ranks for each in mine))
             rates |= {"network": min(1.0, 1 / inverse / peak), "network_latency": latency / max(e.nodes - 1 for e in mine)}
         else:
             peak = cluster.link * 1e9

@@ -8,6 +8,8 @@ what others sent, so what a rank sends to other nodes goes at its own GPU's shar
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -27,7 +29,7 @@ class Group:
     bandwidth  bytes per second that each gets, in each direction
     latency    seconds of a collective that moves nothing
     local      bytes per second of the links inside a node, whose traffic computation feels
-    here       ranks of the group on one node
+    here       the fewest ranks of the group on one of its nodes
     own        bytes per second that a rank sends to other nodes when all send to all; inside one node, the links'
     """
 
@@ -79,16 +81,27 @@ def group(cluster: ClusterConfig, size: int, stride: int = 1, world_size: int | 
     """Describe groups of `size` ranks that lie `stride` apart, by the slowest of them."""
     rates, local = cluster.rates, cluster.link * 1e9 * cluster.rates.link
     reach = min(stride * size, world_size or stride * size)
-    if reach <= cluster.gpus_per_node:
+    here, nodes = _spread(size, stride, world_size or reach, cluster.gpus_per_node)
+    if nodes == 1:
         return Group(size, local, rates.latency * (size - 1), local, size, local)
-    here = max(1, cluster.gpus_per_node // stride)  # ranks of the group on one node
-    nodes = -(-size // here)
-    share = _node_bytes(cluster, reach) * rates.network / cluster.gpus_per_node
+    share = node_bytes(cluster, reach) * rates.network / cluster.gpus_per_node
     latency = rates.latency * (here - 1) + rates.network_latency * (nodes - 1)
-    return Group(size, min(local, here * share), latency, local, min(here, size), min(local, share))
+    return Group(size, min(local, here * share), latency, local, here, min(local, share))
 
 
-def _node_bytes(cluster: ClusterConfig, reach: int) -> float:
+@functools.cache
+def _spread(size: int, stride: int, world_size: int, per_node: int) -> tuple[int, int]:
+    """Return the fewest ranks that a group of `size`, `stride` apart, has on one of its nodes, and the most nodes of a group.
+
+    Groups lie one behind another, so that a node's end may cut some of them and not others.
+    """
+    reach = size * stride
+    starts = {(first + offset) % per_node for first in range(0, world_size, reach) for offset in range(stride)}
+    counts = [Counter(rank // per_node for rank in range(start, start + reach, stride)) for start in starts]
+    return min(min(each.values()) for each in counts), max(map(len, counts))
+
+
+def node_bytes(cluster: ClusterConfig, reach: int) -> float:
     """Return the bytes per second of a node for groups of neighbours that span `reach` ranks: the slowest's."""
     if not cluster.islands:
         return cluster.node_network

@@ -19,7 +19,8 @@ def refused(*words: str) -> str:
     return str(caught.value)
 
 
-def test_every_recipe_is_a_cluster_of_any_size() -> None:
+def test_every_recipe_is_a_cluster_of_any_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MESHLOOM_CACHE", str(tmp_path))  # without profiles of this machine
     for name in options():
         cluster = load_cluster([f"cluster={name}x1024"])
         assert cluster.gpus == 1024 and cluster.problems() == [] and cluster.peak("bf16") > 1e14
@@ -100,6 +101,9 @@ def test_collectives_have_their_closed_form() -> None:
     assert group(cluster, 64).bandwidth == pytest.approx(400e9 * rates.network)
     assert group(cluster, 8, stride=8).bandwidth == pytest.approx(50e9 * rates.network)
     assert group(cluster, 1).gather(1e9) == 0.0
+    # Ranks 6, 8 and 10 are one group: the end of a node cuts it, and one of them is alone on its node.
+    cut = group_of(load_cluster(["cluster=h100x24"]), Layout(tp=2, pp=4, shard=3), "shard")
+    assert (cut.ranks, cut.here) == (3, 1) and cut.bandwidth == pytest.approx(50e9 * rates.network)
     layout = Layout(shard=8, tp=8)
     assert group_of(cluster, layout, "tp") == inside and group_of(cluster, layout, "shard") == group(cluster, 8, 8)
 
