@@ -67,23 +67,15 @@ class MasterWeight:
             self.master.grad = gradient
 
 
-FLAGS = 16
-"""Flags behind a unit's rows are padded to a multiple of so many elements, which keeps rows aligned."""
-
-
-@dataclass(eq=False)
+@dataclass
 class ExchangeUnit:
     """Weights whose gradients are sent together, and which are gathered before the same modules are called.
-
-    Every rank sends every unit, and behind its rows a flag for each weight: 1 if its gradient is one, 0 if the rank did not use
-    the weight. A weight whose flags add up to 0 has no gradient.
 
     groups     those in which gradients are exchanged, one after another
     taken      gradients so far, of the micro-batches since the last exchange
     pending    index of a weight → placements of its gradient that must still be summed over tensor-parallel ranks
     missing    number of gradients that the last micro-batch has not produced yet
-    used       which weights have a gradient of this rank in the exchange under way
-    all_used   the flags of a rank that has used all weights
+    used       which weights have a gradient in the exchange under way
     reducing   the tensor being received, its collective, and the next action on it
     gathering  collectives under way that make weights whole, each with (weight, its padded copy) of those that are not
                cut evenly
@@ -97,7 +89,6 @@ class ExchangeUnit:
     pending: dict[int, Placements] = field(init=False)
     missing: int = field(init=False)
     used: list[bool] = field(default_factory=list)
-    all_used: torch.Tensor | None = None
     reducing: tuple[torch.Tensor, Any, Callable[[torch.Tensor], None]] | None = None
     gathering: list[tuple[Any, Sequence[tuple[torch.Tensor, torch.Tensor]]]] = field(default_factory=list)
 
@@ -106,12 +97,8 @@ class ExchangeUnit:
 
     @property
     def padded_numel(self) -> int:
-        """Elements of a rank's parts, each padded to the size of the largest, and of the flags."""
-        return sum(weight.padded_numel for weight in self.weights) + self._num_flags
-
-    @property
-    def _num_flags(self) -> int:
-        return -(-len(self.weights) // FLAGS) * FLAGS
+        """Elements of a rank's parts, each padded to the size of the largest."""
+        return sum(weight.padded_numel for weight in self.weights)
 
     def clear(self) -> None:
         """Discard the gradients so far."""
@@ -145,30 +132,23 @@ class ExchangeUnit:
         if parts is not None and placements is not None:
             self.taken[index] = self.weights[index].sum_over_tp(parts, placements)
 
-    def reduce(self, keep_dtype: bool) -> None:
-        """Start to send every rank its rows of the gradients, which are complete here; zeros for a weight without one.
-
-        keep_dtype: as of `take`
-        """
+    def reduce(self) -> None:
+        """Start to send every rank its rows of the gradients, which are complete here; zeros for a weight without one."""
         for index in sorted(self.pending):
             self._sum_pending(index)
         num_shards = self.axes.num_shards
         # Private: `_chunk_cat` (FSDP2's own) pads, cuts and joins all gradients in one kernel. `test_masters.py` compares sums.
-        taken, first = self.taken, self.weights[0]
+        taken, like = self.taken, next(gradient for gradient in self.taken if gradient is not None)
         self.clear()
         if not self.axes.shared:
             for weight, gradient in zip(self.weights, taken, strict=True):
                 weight.add_to_grad(gradient)
             return
         self.used = [gradient is not None for gradient in taken]
-        like = next((gradient for gradient in taken if gradient is not None), None)
-        if like is None:  # in the dtype in which the other ranks send
-            like = first.whole.new_empty(0, dtype=first.whole.dtype if keep_dtype else first.master.dtype)
         gradients = [
             like.new_zeros(weight.whole.shape) if gradient is None else gradient.contiguous()
             for weight, gradient in zip(self.weights, taken, strict=True)
         ]
-        gradients.append(self._flags(like))
         if num_shards == 1:
             self._reduce_copies(torch._chunk_cat(gradients, 0, num_shards)[0].to(self.weights[0].master.dtype))
             return
@@ -179,15 +159,6 @@ class ExchangeUnit:
             parts = _sorted_for(self.groups[0], torch._chunk_cat(gradients, 0, num_shards))
             received = torch.empty_like(parts)
         self._exchange(parts, received, self.groups)
-
-    def _flags(self, like: torch.Tensor) -> torch.Tensor:
-        """Return the flags for every rank's rows (ranks, flags). Where all are set, it is the same tensor each time."""
-        if not all(self.used):
-            flags = [float(used) for used in self.used] + [0.0] * (self._num_flags - len(self.used))
-            return like.new_tensor(flags).repeat(self.axes.num_shards, 1)
-        if self.all_used is None or self.all_used.dtype != like.dtype:
-            self.all_used = like.new_ones(self.axes.num_shards, self._num_flags)
-        return self.all_used
 
     def _exchange(self, parts: torch.Tensor, received: torch.Tensor, groups: Sequence[dist.ProcessGroup]) -> None:
         """Start to send each rank of the first group the rows for it and for the ranks to which it passes their sums on.
@@ -223,10 +194,8 @@ class ExchangeUnit:
             self.reducing = total, dist.all_reduce(total, group=self.axes.copies.get_group(), async_op=True), self._deliver
 
     def _deliver(self, total: torch.Tensor) -> None:
-        at, everywhere = 0, self.used
-        if not all(self.used):  # the host waits for the device only then
-            everywhere = [flag > 0 for flag in total[-self._num_flags :][: len(self.weights)].tolist()]
-        for weight, used in zip(self.weights, everywhere, strict=True):
+        at = 0
+        for weight, used in zip(self.weights, self.used, strict=True):
             shard = weight.local_shard
             weight.add_to_grad(total[at : at + shard.numel()].view_as(shard) if used else None)
             at += weight.padded_numel
@@ -271,34 +240,17 @@ def _sorted_for(group: dist.ProcessGroup, rows: torch.Tensor) -> torch.Tensor:
 class GradientReducer:
     """Takes gradients from the backward pass, and starts to reduce each unit's as soon as they are complete.
 
-    Units are sent in one order on all ranks, whatever each rank uses. It is that in which the first backward pass completed
-    them. A unit that this rank does not use holds up those behind it until the end of the pass.
-
     It refers to no parameter: its hooks are on them, and such a cycle is never collected.
 
     keep_grad_dtype  whether gradients stay in the dtype of the compute until they are summed
     last             whether the micro-batch under way completes the gradients
     """
 
-    def __init__(
-        self, waiting: Callable[[], AbstractContextManager[None]], agree: Callable[[Sequence[int]], Sequence[int]]
-    ) -> None:
-        """waiting: encloses what waits for other ranks during the backward pass; agree: returns one rank's list on all."""
-        self._waiting, self._agree = waiting, agree
+    def __init__(self, waiting: Callable[[], AbstractContextManager[None]]) -> None:
+        """waiting: encloses what waits for other ranks during the backward pass."""
+        self._waiting = waiting
         self.keep_grad_dtype = self.last = False
-        self._order: list[ExchangeUnit] = []
-        self._completed: list[ExchangeUnit] | None = []  # in the first pass; None: the order is agreed on
-        self._sent = 0  # units of the order
-        self._open = False  # whether gradients are yet to come since the last wait
         self._reducing: list[ExchangeUnit] = []
-
-    def add(self, unit: ExchangeUnit) -> None:
-        """Add a unit, in the order of the forward pass."""
-        self._order.insert(0, unit)
-
-    def begin_micro_batch(self, *, last: bool) -> None:
-        """Expect gradients. last: they complete the units'."""
-        self.last, self._open = last, True
 
     def hook(self, unit: ExchangeUnit, index: int) -> Callable[[torch.Tensor], None]:
         """Make the hook that the weight of this index in its unit calls when its gradient is ready."""
@@ -310,35 +262,20 @@ class GradientReducer:
             unit.take(index, gradient, self.keep_grad_dtype)
             unit.missing -= self.last
             if not unit.missing:
-                self._complete(unit)
+                self.reduce(unit)
 
         return take
 
-    def _complete(self, unit: ExchangeUnit) -> None:
-        """Send the units that are complete, up to the first that is not."""
-        if self._completed is not None:
-            self._completed.append(unit)
-        while self._sent < len(self._order) and not self._order[self._sent].missing:
-            self._reduce_next()
-
-    def _reduce_next(self) -> None:
+    def reduce(self, unit: ExchangeUnit) -> None:
+        """Start to reduce a unit's gradients."""
         if self._reducing:
             with self._waiting():  # the last unit's arrived while these were computed, unless a rank is slow
                 self._reducing = [before for before in self._reducing if not before.advance()]
-        unit = self._order[self._sent]
-        self._sent += 1
-        unit.reduce(self.keep_grad_dtype)
+        unit.reduce()
         self._reducing.append(unit)
 
     def wait(self) -> None:
-        """Send the units that this rank did not use all of, and wait for all reductions."""
-        while self._open and self._sent < len(self._order):
-            self._reduce_next()
-        if self._open and self._completed is not None:
-            seen = [*self._completed, *(unit for unit in self._order if unit not in self._completed)]
-            self._order = [self._order[index] for index in self._agree([self._order.index(unit) for unit in seen])]
-            self._completed = None
-        self._sent, self._open = 0, False
+        """Wait for all pending reductions."""
         while self._reducing:
             self._reducing = [unit for unit in self._reducing if not unit.advance()]
 
@@ -346,8 +283,4 @@ class GradientReducer:
         """Wait for what a failed pass left pending, and discard it."""
         for unit in self._reducing:
             unit.abandon()
-        for unit in self._order:
-            unit.clear()
-        self._reducing, self._sent = [], 0
-        if self._completed is not None:
-            self._completed = []
+        self._reducing = []

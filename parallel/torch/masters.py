@@ -16,7 +16,6 @@ over micro-batches first and over the ranks once, when the gradient is complete.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -28,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from ...kernels.rounding import KeptWeight
 from ...models.protocol import Model
 from ..fragment import Fragment
-from ..mesh import Mesh, WeightAxes
+from ..mesh import Mesh
 from ..shards import Placed, chunk, local
 from .exchange import ExchangeUnit, GradientReducer, MasterWeight
 from .groups import ParameterGroup, gather_units, split_by_group
@@ -67,7 +66,7 @@ class MasterWeights(WeightStrategy):
         self._rounded: RoundedMasters | None = None
         self._separate = False  # whether masters are tensors of their own
         self._current = False  # whether weights are their masters' values, or on the way to be
-        self._reducer = GradientReducer(mesh.compute_time.waiting, functools.partial(_agree, self._axes, transport.group))
+        self._reducer = GradientReducer(mesh.compute_time.waiting)
         self.units: list[ExchangeUnit] = []
 
     def shard(self, stage: Model) -> None:
@@ -85,7 +84,6 @@ class MasterWeights(WeightStrategy):
                 weights = [self._add(names[weight], weight) for weight in unit.weights]
                 sent = ExchangeUnit(weights, self._axes, self._transport, self._exchange_groups)
                 self.units.append(sent)
-                self._reducer.add(sent)
                 self._transport.reserve(self._axes.num_shards * sent.padded_numel)
                 for index, parameter in enumerate(unit.weights):
                     parameter.register_post_accumulate_grad_hook(self._reducer.hook(sent, index))
@@ -115,18 +113,22 @@ class MasterWeights(WeightStrategy):
     def begin_step(self, *, single: bool, fused: bool) -> None:
         """Discard what a failed pass has left, and bring the weights up to date."""
         self._reducer.abandon()
-        self._reducer.begin_micro_batch(last=False)
+        for unit in self.units:
+            unit.clear()
         # The receiver sums in the masters' dtype, so gradients need not be widened before they are sent.
         self._reducer.keep_grad_dtype = single and (fused or self._axes.shared)
         self.sync_from_masters()
 
     def set_last_micro_batch(self, last: bool) -> None:
         """Send a unit's gradients as soon as this micro-batch has completed them, or not."""
-        self._reducer.begin_micro_batch(last=last)
+        self._reducer.last = last
 
     @torch.no_grad()
     def wait_reduce(self) -> None:
         """Wait until all gradients have arrived at their masters."""
+        for unit in self.units:
+            if any(gradient is not None for gradient in unit.taken):  # it waits for weights that this step did not use
+                self._reducer.reduce(unit)
         self._reducer.wait()
 
     @torch.no_grad()
@@ -188,19 +190,6 @@ class MasterWeights(WeightStrategy):
     def masters_written(self) -> None:
         """Mark the whole weights as outdated."""
         self._current = False
-
-
-def _agree(axes: WeightAxes, shards: dist.ProcessGroup, numbers: Sequence[int]) -> Sequence[int]:
-    """Return the numbers of the first of the ranks that hold the same weights, on all of them. A collective.
-
-    shards: the group of those that each hold a part
-    """
-    given = torch.tensor(numbers, device=axes.shards.device_type)
-    if axes.num_copies > 1:
-        dist.broadcast(given, group=axes.copies.get_group(), group_src=0)
-    if axes.num_shards > 1:
-        dist.broadcast(given, group=shards, group_src=0)
-    return given.tolist() if axes.shared else numbers
 
 
 def materialize(

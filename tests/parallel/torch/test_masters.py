@@ -153,44 +153,6 @@ def test_an_unused_weight_keeps_nobody_from_training(ranks: int) -> None:
         assert {name for name, did in moved.items() if not did} == {name for name in moved if "spare" in name}
 
 
-USES = (
-    (("layers.0.", "head"), ("layers.1.", "norm.weight", "layers.0.norm"), ()),  # from the first step on
-    ((), (), ()),
-    (("layers.1.",), (), ("embed", "layers.0.")),  # after an order of units is agreed on
-)
-"""By step, how names of weights begin that rank 0 does not use, that rank 1 does not, and that neither does."""
-
-
-def used_by_some(rank: int, world_size: int, layouts: list[ParallelConfig]) -> list[dict[str, set[float]]]:
-    """By layout and step: the elements of each weight's gradient, to which the ranks add 1 and 2; empty: it has none."""
-    found: list[dict[str, set[float]]] = []
-    for parallel in layouts:
-        engine = build(Work(parallel, precision="bf16"), world_size)
-        masters = masters_of(engine)
-        for step_uses in USES:
-            masters.begin_step(single=True, fused=True)
-            masters.set_last_micro_batch(True)
-            named = dict(engine.module.named_parameters())
-            used = [each for name, each in named.items() if not name.startswith((*step_uses[rank], *step_uses[2]))]
-            torch.stack([(parameter * (rank + 1.0)).sum() for parameter in used]).sum().backward()
-            masters.wait_reduce()
-            masters.wait_reduce()  # nothing is left to be sent
-            gradients = {name: weight.tensor.grad for name, weight in masters.local.items() if weight.tensor.numel()}
-            found.append({name: set() if g is None else set(g.unique().tolist()) for name, g in gradients.items()})
-            engine.zero_grad()
-    return found
-
-
-def test_a_weight_that_some_ranks_use_gets_the_gradient_of_those() -> None:
-    """Also where a rank uses no weight of a unit, and so completes its units in another order than its peer."""
-    for each in run_ranks(2, used_by_some, [ParallelConfig(zero=0), ParallelConfig(zero=1)]):
-        for step_uses, gradients in zip(2 * USES, each, strict=True):
-            for name, values in gradients.items():
-                not_zero, not_one, neither = (name.startswith(starts) for starts in step_uses)
-                total = 0.0 if neither else 1.0 * (not not_zero) + 2.0 * (not not_one)
-                assert values == ({total} if total else set()), (name, step_uses)
-
-
 def moments(rank: int, world_size: int, parallel: ParallelConfig) -> tuple[float, float]:
     from meshloom.parallel.gradient_noise import Measure
 
