@@ -21,6 +21,8 @@ FITTED = "auto"
 MICRO_MAX = "a micro-batch doubles up to this size while a step keeps as many as the run started with; null: it stays at micro"
 MULTIPLE = "sizes between samples and max are multiples of this; null: of micro where gradients are measured, else of 1"
 LARGEST = "the largest size"
+KAPLAN_TOKENS, KAPLAN_ALPHA = 2.1e8, 0.21
+"""Kaplan's constants of the critical batch (arXiv 2001.08361): B_* in tokens, and α_B."""
 
 
 def _micro_matters(run: Any) -> bool:
@@ -228,15 +230,19 @@ class RampConfig(BoundedConfig):
 
 @dataclass(frozen=True)
 class AdaptiveConfig(BoundedConfig):
-    """Keys of every controller that measures."""
+    """Keys of every controller that measures.
+
+    The defaults are those that docs/measurements/batch.md measured with the norm test. One step's measurement is noisy, and
+    without `shrink` a batch that it has raised stays for the rest of the run.
+    """
 
     MEASURES: ClassVar[bool] = True
 
     eta: float = key(0.2, "threshold of the test")
-    interval: int = key(1, "steps between decisions")
-    ema: float = key(0.0, "weight of the past in what decisions are taken from; 0: the newest measurement alone")
-    growth: float | None = key(2.0, "largest factor of one change; null: no limit")
-    shrink: bool = key(False, "whether the size may fall again")
+    interval: int = key(4, "steps between decisions")
+    ema: float = key(0.9, "weight of the past in what decisions are taken from; 0: the newest measurement alone")
+    growth: float | None = key(1.5, "largest factor of one change; null: no limit")
+    shrink: bool = key(True, "whether the size may fall again")
 
     def problems(self, key: str = "batch") -> list[Problem]:
         """Return what is wrong with the values."""
@@ -253,18 +259,11 @@ class AdaptiveConfig(BoundedConfig):
 
 @dataclass(frozen=True)
 class NormTestConfig(AdaptiveConfig):
-    """Grow when the gradient is noisier than eta × its norm. A batch that passes is about (1 − eta²) / eta² noise scales.
-
-    The defaults are the ones measured in docs/measurements/batch.md.
-    """
+    """Grow when the gradient is noisier than eta × its norm. A batch that passes is about (1 − eta²) / eta² noise scales."""
 
     _target_: str = target("meshloom.optim.batch.adaptive.NormTest")
     name: str = option("norm_test")
     eta: float = key(0.7, "threshold of the test: gradient noise at most eta × the gradient's norm")
-    interval: int = key(4, "steps between decisions")
-    ema: float = key(0.9, "weight of the past in what decisions are taken from; 0: the newest measurement alone")
-    growth: float | None = key(1.5, "largest factor of one change; null: no limit")
-    shrink: bool = key(True, "whether the size may fall again")
     unbiased: bool = key(
         False, "compare with an unbiased estimate of the gradient's norm, in which noise does not count as signal"
     )
@@ -297,7 +296,7 @@ class AugmentedConfig(InnerProductConfig):
 
 @dataclass(frozen=True)
 class NoiseScaleConfig(AdaptiveConfig):
-    """eta × the gradient noise scale (arXiv 1812.06162), smoothed."""
+    """eta × the gradient noise scale (arXiv 1812.06162), smoothed longer, because the unbiased estimate is the noisier one."""
 
     _target_: str = target("meshloom.optim.batch.adaptive.NoiseScale")
     name: str = option("noise_scale")
@@ -309,7 +308,10 @@ class NoiseScaleConfig(AdaptiveConfig):
 
 @dataclass(frozen=True)
 class CriticalLossConfig(AdaptiveConfig):
-    """eta × the critical batch of the loss reached, tokens / loss^(1 / alpha) (arXiv 2001.08361)."""
+    """eta × the critical batch of the loss reached, tokens / loss^(1 / alpha) (arXiv 2001.08361).
+
+    The size does not fall by default: the loss falls along a run, and a spike of it asks for no smaller batch.
+    """
 
     MEASURES: ClassVar[bool] = False
 
@@ -319,8 +321,9 @@ class CriticalLossConfig(AdaptiveConfig):
     interval: int = key(10, "steps between decisions")
     ema: float = key(0.95, "weight of the past in what decisions are taken from; 0: the newest measurement alone")
     growth: float | None = key(1.25, "largest factor of one change; null: no limit")
-    tokens: float = key(2.1e8, "factor of the critical batch, in tokens; fit it to your own runs")
-    alpha: float = key(0.21, "exponent of the critical batch; fit it to your own runs")
+    shrink: bool = key(False, "whether the size may fall again")
+    tokens: float = key(KAPLAN_TOKENS, "factor of the critical batch, in tokens; fit it to your own runs")
+    alpha: float = key(KAPLAN_ALPHA, "exponent of the critical batch; fit it to your own runs")
 
     def problems(self, key: str = "batch") -> list[Problem]:
         """Return what is wrong with the values."""

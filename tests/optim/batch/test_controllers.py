@@ -355,14 +355,29 @@ def with_projection(s: float) -> GradientStatistics:
 
 def test_inner_product_and_augmented_tests() -> None:
     """(S − N²) m J / (J − 1) = (4.3 − 4) · 32 / 3 = 3.2 along, (A − S / N) · 32 / 3 = 83.73 across; N = 2."""
-    inner = InnerProduct(InnerProductConfig(micro=1, samples=1, max=10**6, eta=0.1, growth=None), HORIZON)
-    augmented = Augmented(AugmentedConfig(micro=1, samples=1, max=10**6, eta=0.1, nu=0.5, growth=None), HORIZON)
+    at_once: dict[str, Any] = {"micro": 1, "samples": 1, "max": 10**6, "growth": None, "interval": 1, "ema": 0.0}
+    inner = InnerProduct(InnerProductConfig(eta=0.1, **at_once), HORIZON)
+    augmented = Augmented(AugmentedConfig(eta=0.1, nu=0.5, **at_once), HORIZON)
     for controller in (inner, augmented):
         controller.observe(with_projection(4.3), 0.0, at(step=1))
     assert inner.next_batch(at()) == math.ceil(3.2 / (0.01 * 4))
     assert augmented.next_batch(at()) == math.ceil((10 - 4.3 / 2) * 32 / 3 / (0.25 * 2))
     with pytest.raises(ValueError, match="batch=norm_test"):
         inner.observe(statistics(1, 1), 0.0, at(step=2))
+
+
+@pytest.mark.parametrize("config", [NormTestConfig, InnerProductConfig, AugmentedConfig, NoiseScaleConfig])
+def test_a_noisy_step_does_not_raise_the_batch_for_good(config: type[AdaptiveConfig]) -> None:
+    """With the defaults of every controller that measures gradients, the size falls once their noise has gone."""
+    kinds = {NormTestConfig: NormTest, InnerProductConfig: InnerProduct, AugmentedConfig: Augmented}
+    kind: Any = kinds.get(config, NoiseScale)
+    controller = kind(config(micro=1, samples=8, max=1000), HORIZON)
+    noisy, quiet = (GradientStatistics(square, 2.0, 4, 8, projection_square=s) for square, s in ((10.0, 9.0), (2.0, 4.0)))
+    for step in range(1, 301):
+        controller.observe(noisy if step <= 20 else quiet, 0.0, at(step=step))
+        if step == 20:
+            assert controller.next_batch(at(step=step)) > 8
+    assert controller.next_batch(at()) == 8
 
 
 def test_noise_scale_controller() -> None:
