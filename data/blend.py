@@ -6,15 +6,11 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 from ..config.hashing import hash64
 from .batch import Samples
 from .order import Permutation
 from .rearranged import Rearranged
-
-if TYPE_CHECKING:
-    pass
 
 
 def apportion(weights: Sequence[float], places: int) -> list[int]:

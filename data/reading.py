@@ -11,15 +11,12 @@ were left out, because a mixture's block was not read to its end.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from .batch import Samples
 from .mixture import Mixture
 from .node import DataNode
 from .rearranged import Rearranged
-
-if TYPE_CHECKING:
-    pass
 
 Read: TypeAlias = Mapping[str, Sequence[int]]
 """Source → what was read of it: see the module."""

@@ -75,11 +75,13 @@ class RopeScaling:
             assert self.original_positions is not None
             return math.sqrt(1 + math.log(self.factor) / math.log(self.original_positions))
         if self.mscale and self.mscale_all_dim:
-            return self._yarn_factor(self.mscale) / self._yarn_factor(self.mscale_all_dim)
-        return self._yarn_factor(1.0)
+            return yarn_factor(self.factor, self.mscale) / yarn_factor(self.factor, self.mscale_all_dim)
+        return yarn_factor(self.factor)
 
-    def _yarn_factor(self, mscale: float) -> float:
-        return 0.1 * mscale * math.log(self.factor) + 1
+
+def yarn_factor(factor: float, mscale: float = 1.0) -> float:
+    """Compute YaRN's factor on attention for contexts `factor` times as long (arXiv 2309.00071); mscale: DeepSeek's weight."""
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 from typing import Any, ClassVar
 
 from ..config import DecoderConfig
+from ..rope_config import yarn_factor
 from .family import Family, Json
 
 _LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -87,5 +88,5 @@ class DeepseekV3(Family):
         """Return the factor on scores, which long contexts raise by the square of yarn's attention factor."""
         if scaling["kind"] != "yarn" or not scaling["mscale_all_dim"]:
             return None
-        factor = 0.1 * scaling["mscale_all_dim"] * math.log(scaling["factor"]) + 1 if scaling["factor"] > 1 else 1.0
+        factor = yarn_factor(scaling["factor"], scaling["mscale_all_dim"])
         return factor**2 / math.sqrt(latent["qk_nope_head_dim"] + latent["qk_rope_head_dim"])

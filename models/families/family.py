@@ -36,8 +36,6 @@ SIZES = {
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 """Their name of an activation → ours."""
 
-_DEFAULTS: Json = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0}
-
 _NOT_COMPUTED = {"_target_", "name", "experts", "init_std", "z_loss", "mup_base", "mup_embedding", "mup_residual"}
 """Keys of `model` that a file of weights need not tell."""
 

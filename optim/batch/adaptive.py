@@ -7,6 +7,7 @@ from typing import Any
 
 from ..horizon import Horizon
 from ..progress import Progress
+from ..scaling.laws import critical_batch
 from .config import AdaptiveConfig, AugmentedConfig, CriticalLossConfig, NormTestConfig
 from .controller import Controller
 from .statistics import GradientStatistics, MovingMeans
@@ -213,7 +214,7 @@ class CriticalLoss(Adaptive):
         """The critical batch in samples, to which the noise scale is an approximation; None before a measurement."""
         if "loss" not in self._means or self._means["loss"] <= 0:
             return None
-        return self.tokens / self._means["loss"] ** (1 / self.alpha) / self.horizon.seq_len
+        return critical_batch(self._means["loss"], self.tokens, self.alpha) / self.horizon.seq_len
 
     def proposed_batch(self) -> float | None:
         """Return η × B_crit(loss)."""

@@ -36,11 +36,11 @@ class LocalConfig:
 
     @property
     def active(self) -> bool:
-        """True if the run is one of several islands, be others than one lost."""
+        """True if the run was configured with more than one island, even if only one is left."""
         return self.islands > 1
 
     def counts(self, processes: int, full: int = 0) -> list[int]:
-        """List the numbers of islands that so many processes may make: first that which keeps their size, then the most.
+        """List the island counts to try, best first: the one that keeps the islands' size, then the largest.
 
         full: processes of the run with all of its islands; 0: not known. Islands so keep to their machines where one is lost.
         """

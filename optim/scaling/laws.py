@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..batch.config import KAPLAN_ALPHA, KAPLAN_TOKENS
 from ..schedules.wsd import REFERENCE_LENGTH
 
 
@@ -103,7 +104,10 @@ POWER_PEAK = 0.02
 
 
 def power_law_lr(batch_tokens: float, tokens: float) -> float:
-    """Compute the learning rate of WSD's stable phase for a global batch of `batch_tokens` and a run of `tokens`."""
+    """Compute the learning rate of WSD's stable phase for a global batch of `batch_tokens` and a run of `tokens`.
+
+    4.6 is the paper's fit. Its power schedule, where `tokens` are those trained so far, takes 4 (`schedule.a`).
+    """
     return min(POWER_PEAK, 4.6 * batch_tokens / REFERENCE_LENGTH * tokens**-0.51)
 
 
@@ -112,7 +116,7 @@ def minicpm_batch(loss: float) -> float:
     return 1.21e9 / loss**6.24
 
 
-def critical_batch(loss: float, scale: float = 2.1e8, alpha: float = 0.21) -> float:
+def critical_batch(loss: float, scale: float = KAPLAN_TOKENS, alpha: float = KAPLAN_ALPHA) -> float:
     """Compute B_crit(L) = B_* / L^(1/α_B) in tokens, where a loss takes twice the fewest steps and the fewest tokens."""
     return scale / loss ** (1 / alpha)
 

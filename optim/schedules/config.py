@@ -136,11 +136,11 @@ class PowerConfig(WSDConfig):
         found = super().problems(key)
         if not 0 < self.a < math.inf:
             found.append(
-                Problem(f"{key}.a", f"{self.a:g} makes no learning rate", "use a number above 0; the paper's fit is 4")
+                Problem(f"{key}.a", f"{self.a:g} makes no learning rate", "use a number above 0; the paper's setting is 4")
             )
         if not -math.inf < self.b <= 0:
             found.append(
-                Problem(f"{key}.b", f"{self.b:g} does not let the rate fall", "use 0 or less; the paper's fit is -0.51")
+                Problem(f"{key}.b", f"{self.b:g} does not let the rate fall", "use 0 or less; the paper's setting is -0.51")
             )
         return found
 

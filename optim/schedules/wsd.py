@@ -104,7 +104,8 @@ class Power(Decaying):
     follows a batch size that changes during the run. The warm-up rises to the law's value at its end, the decay starts
     from the law's value at its beginning.
 
-    The paper's fit of the law is a = 4, b = −0.51, with a peak (η_max) of 0.02 under muP.
+    The paper sets a = 4, b = −0.51 and a peak (η_max) of 0.02 under muP. Its fit of WSD's best constant rate has 4.6 in
+    place of 4, with n the tokens of the whole run (`optim/scaling/laws.py`, optim.lr=auto:power).
     """
 
     def __init__(self, config: PowerConfig, peak: float, horizon: Horizon) -> None:
