@@ -22,7 +22,7 @@ from .reader import TokenShards
 from .shards import ShardError
 from .sources import DocumentSource
 from .tokenizer import SMALLEST_BPE, Tokenizer
-from .version import version_problems
+from .version import NEWEST, version_problems
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,13 @@ class TokenizerSettings:
             found.append(Problem(f"{key}.tokenizer", f"'{self.setting}' not found", fix))
         return found
 
-    def make(self, sources: Sequence[DocumentSource], cache: Path) -> Tokenizer:
-        """Train the tokenizer, find it in the cache, or load it."""
+    def make(self, sources: Sequence[tuple[DocumentSource, float]], cache: Path, version: int = NEWEST) -> Tokenizer:
+        """Train the tokenizer, find it in the cache, or load it.
+
+        sources: each with the share of it that is held out. version: of the rules (`version.py`)
+        """
         if self.setting == "bpe":
-            return train_tokenizer(sources, self.vocabulary, self.sample, cache, fim=self.fim)
+            return train_tokenizer(sources, self.vocabulary, self.sample, cache, version, fim=self.fim)
         if self.setting == "bytes":
             return Tokenizer.bytes(fim=self.fim)
         return Tokenizer.load(expand_user(self.setting), self.end_of_document)
@@ -225,7 +228,7 @@ class Corpus(Packed):
             found += self._fim.problems(key)
         if self.version == 1 and (self._fim is not None or self.source.masked):
             found.append(
-                Problem(f"{key}.version", "version 1 of the rules has no loss mask and no fill-in-the-middle", "use 2")
+                Problem(f"{key}.version", "version 1 of the rules has no loss mask and no fill-in-the-middle", f"use {NEWEST}")
             )
         if self._fim is not None and self.source.masked:
             found.append(Problem(f"{key}.fim_rate", "a document with a loss mask is not cut", "use 0, or leave the mask out"))
@@ -245,7 +248,7 @@ class Corpus(Packed):
 
     def prepare(self) -> None:
         """Build or find tokenizer and shards."""
-        self.prepare_with(self._settings.make([self.source], self._cache))
+        self.prepare_with(self._settings.make([(self.source, self._held_out)], self._cache, self.version))
 
     def prepare_with(self, tokenizer: Tokenizer, key: str = "data") -> None:
         """Build or find the shards that this tokenizer makes. Raises ConfigError where it lacks tokens that they need."""

@@ -112,9 +112,9 @@ class Mixture:
         if self._unbuilt:
             raise ConfigError(self._unbuilt)
         corpora = {name: node for name, node in self.nodes.items() if isinstance(node, Corpus)}
-        sources = [node.source for node in corpora.values()]
+        sources = [(node.source, node.asked_share) for node in corpora.values()]
         if self._settings.setting != "bpe":
-            self._tokenizer = self._settings.make(sources, self._cache)
+            self._tokenizer = self._settings.make(sources, self._cache, self.version)
         for name, node in self.nodes.items():
             if name not in corpora:
                 with _naming(f"data.sources.{name}"):
@@ -122,7 +122,7 @@ class Mixture:
                 self._adopt(node.tokenizer, name)
         if corpora:
             if self._tokenizer is None:
-                self._tokenizer = self._settings.make(sources, self._cache)
+                self._tokenizer = self._settings.make(sources, self._cache, self.version)
             for name, node in corpora.items():
                 with _naming(f"data.sources.{name}"):
                     node.prepare_with(self._tokenizer)

@@ -32,42 +32,68 @@ Documents: TypeAlias = "Iterator[tuple[str, NDArray[np.int64], NDArray[np.bool_]
 
 PARTS = ("train", "validation")
 _BATCH = 1 << 22  # characters tokenised in one go
-_TRAINER_VERSION = 1  # raise it when the same documents give another tokenizer
+_TRAINER_VERSION = 2  # raise it when the same documents give another tokenizer
+_SAMPLE_SALT = 1  # of the hash that draws the sample, so that it is independent of the one that holds documents out
 
 
-def _content_hash(text: str) -> int:
-    return xxhash.xxh3_64_intdigest(text.encode())
+def _content_hash(text: str, salt: int = 0) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode(), salt)
 
 
-def uniform_sample(documents: Iterable[str], characters: int) -> list[str]:
+def uniform_sample(documents: Iterable[str], characters: int, salt: int = _SAMPLE_SALT) -> list[str]:
     """Sample documents of at most so many characters in all (at least one): those with the smallest content hash.
 
     The choice is uniform, and depends neither on their order nor on a generator's state. `characters` bounds the memory.
+    salt: of the hash; 0 takes the hash that also holds documents out
     """
     kept: list[tuple[int, int, str]] = []
     total = 0
     for number, text in enumerate(documents):
-        heapq.heappush(kept, (-_content_hash(text), number, text))
+        heapq.heappush(kept, (-_content_hash(text, salt), number, text))
         total += len(text)
         while total > characters and len(kept) > 1:
             total -= len(heapq.heappop(kept)[2])
     return [text for _, _, text in sorted(kept, reverse=True)]
 
 
+def training_sample(source: DocumentSource, characters: int, held_out: float, version: int) -> list[str]:
+    """Sample the documents of a source for the training of a tokenizer, none that is held out as a whole.
+
+    Under versions 1 and 2 of the rules the sample is of all documents, those held out first. Of a source that holds out all
+    its documents, it is of all, too.
+    """
+    if version < 3:
+        return uniform_sample(source.documents(), characters, salt=0)
+    left = (text for text in source.documents() if not is_held_out(text, held_out))
+    return uniform_sample(left, characters) or uniform_sample(source.documents(), characters)
+
+
 def train_tokenizer(
-    sources: Sequence[DocumentSource], vocabulary: int, characters: int, cache: Path, *, fim: bool = False
+    sources: Sequence[tuple[DocumentSource, float]],
+    vocabulary: int,
+    characters: int,
+    cache: Path,
+    version: int = NEWEST,
+    *,
+    fim: bool = False,
 ) -> Tokenizer:
-    """Train a BPE tokenizer on a uniform sample of the sources, or load it from the cache. fim: see `Tokenizer.bytes`."""
-    inputs = [_TRAINER_VERSION, [source.identity(cache / "identities") for source in sources], vocabulary, characters]
+    """Train a BPE tokenizer on uniform samples of the sources (`training_sample`), or load it from the cache.
+
+    sources: each with the share of it that is held out. version: of the rules (`version.py`). fim: see `Tokenizer.bytes`
+    """
+    identities = [source.identity(cache / "identities") for source, _ in sources]
+    inputs = [1 if version < 3 else _TRAINER_VERSION, identities, vocabulary, characters]
     inputs += ["fim"] if fim else []
+    inputs += [] if version < 3 else [[held_out for _, held_out in sources]]
     name = xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode())
     target = cache / "tokenizers" / f"bpe-{vocabulary}-{name[:16]}"
 
     def build(folder: Path) -> None:
         with progress(f"training a tokenizer of {vocabulary} tokens", announce=True):
-            sample = [text for source in sources for text in uniform_sample(source.documents(), characters // len(sources))]
+            part = characters // len(sources)
+            sample = [text for source, held_out in sources for text in training_sample(source, part, held_out, version)]
             if not sample:
-                raise ValueError(f"the corpus '{', '.join(source.name for source in sources)}' is empty")
+                raise ValueError(f"the corpus '{', '.join(source.name for source, _ in sources)}' is empty")
             Tokenizer.train(sample, vocabulary, fim=fim).save(folder / TOKENIZER)
 
     build_once(target, build)
@@ -124,13 +150,22 @@ def write_corpus(
         elif version == 1:
             _write_split_1(source, documents, validation, writer, folder)
         else:
-            _write_split(source, documents, validation, writer, folder)
+            _write_split(source, documents, validation, writer, folder, copies_differ=fim is not None and version >= 3)
 
 
 def _write_split(
-    source: DocumentSource, documents: Documents, share: float, writer: Callable[[Path], ShardWriter], folder: Path
+    source: DocumentSource,
+    documents: Documents,
+    share: float,
+    writer: Callable[[Path], ShardWriter],
+    folder: Path,
+    *,
+    copies_differ: bool,
 ) -> None:
-    """Hold out whole documents by their hash; passages, if that does not come near the share."""
+    """Hold out whole documents by their hash; passages, if that does not come near the share.
+
+    copies_differ: see `PassageSplit`
+    """
     parts = [writer(folder / name) for name in PARTS]
     hashes = array("Q")
     try:
@@ -153,13 +188,15 @@ def _write_split(
         for part in parts:
             part.abandon()
         raise
-    _split_again(np.frombuffer(hashes, np.uint64), share, writer, folder)
+    _split_again(np.frombuffer(hashes, np.uint64), share, writer, folder, copies_differ=copies_differ)
 
 
-def _split_again(hashes: NDArray[np.uint64], share: float, writer: Callable[[Path], ShardWriter], folder: Path) -> None:
+def _split_again(
+    hashes: NDArray[np.uint64], share: float, writer: Callable[[Path], ShardWriter], folder: Path, *, copies_differ: bool
+) -> None:
     """Replace the parts that hold whole documents by parts of which one has passages.
 
-    hashes: of the documents, in the order in which they were written
+    hashes: of the documents, in the order in which they were written. copies_differ: see `PassageSplit`
     """
     whole = folder / "whole"
     whole.mkdir()
@@ -174,7 +211,7 @@ def _split_again(hashes: NDArray[np.uint64], share: float, writer: Callable[[Pat
     for number, name in enumerate(order):
         spans.append(next(positions[name]))
         lengths[number] = spans[-1][1] - spans[-1][0]
-    split = PassageSplit(hashes, lengths, share)
+    split = PassageSplit(hashes, lengths, share, copies_differ=copies_differ)
     with writer(folder / PARTS[0]) as train, writer(folder / PARTS[1]) as held:
         for number, (name, (first, _)) in enumerate(zip(order, spans, strict=True)):
             for passage in split.passages(number):

@@ -7,7 +7,8 @@ of their hashes, and a window at the end of each of several equal stretches is h
     hash order   |--- document A ---|-- B --|-------- document C --------|
     held out               ####            ####            ####         ####
 
-Copies of a document lie in one place of that order, so that the same text is held out of each.
+Copies of a document lie in one place of that order, so that the same text is held out of each. Fill-in-the-middle writes copies
+in different orders, and one window is not the same text in each: there no text that has a copy is held out.
 """
 
 from __future__ import annotations
@@ -48,24 +49,37 @@ class PassageSplit:
 
     hashes   (documents,) uint64: of each document's content
     lengths  (documents,) int64: its tokens
+
+    copies_differ: whether the tokens of copies differ; then no text that has a copy is held out. Raises ValueError where too
+    few tokens are left to hold some out.
     """
 
-    def __init__(self, hashes: NDArray[np.uint64], lengths: NDArray[np.int64], share: float) -> None:
+    def __init__(
+        self, hashes: NDArray[np.uint64], lengths: NDArray[np.int64], share: float, *, copies_differ: bool = False
+    ) -> None:
         self._lengths = lengths
         order = np.lexsort((lengths, hashes))
-        is_copy = (np.diff(hashes[order]) == 0) & (np.diff(lengths[order]) == 0)
+        is_copy = np.diff(hashes[order]) == 0
+        if not copies_differ:
+            is_copy &= np.diff(lengths[order]) == 0
         group = np.cumsum(np.concatenate([[0], ~is_copy]))
         self._group = np.empty(len(order), np.int64)  # of each document: which text it is a copy of, in hash order
         self._group[order] = group
         self._copies = np.bincount(group)
         firsts = np.searchsorted(group, np.arange(len(self._copies)))
-        self._limits = np.concatenate([[0], np.cumsum(lengths[order][firsts] * self._copies)])
-        self._edges = self._window_edges(share)
+        widths = lengths[order][firsts] * self._copies
+        if copies_differ:
+            widths[self._copies > 1] = 0  # they have no place on the line
+        self._limits = np.concatenate([[0], np.cumsum(widths)])
+        if self._limits[-1] < 2:
+            fix = "leave out the copies, or use data.validation=0"
+            raise ValueError(f"every text has a copy, which fill-in-the-middle orders anew: none can be held out; {fix}")
+        self._edges = self._window_edges(round(int(lengths.sum()) * share))
 
-    def _window_edges(self, share: float) -> NDArray[np.int64]:
-        """Return the edges of the windows, by turns a beginning and an end, on the line of all tokens."""
+    def _window_edges(self, asked: int) -> NDArray[np.int64]:
+        """Return the edges of the windows, by turns a beginning and an end, on the line of tokens. asked: to be held out"""
         total = int(self._limits[-1])
-        held = min(max(1, round(total * share)), total - 1)
+        held = min(max(1, asked), total - 1)
         count = max(1, min(WINDOWS, held // WINDOW))
         stops = np.rint(np.arange(1, count + 1) * (total / count)).astype(np.int64)
         starts = stops - held // count
@@ -84,6 +98,9 @@ class PassageSplit:
         """Yield the passages of a document, in order."""
         group, length = int(self._group[document]), int(self._lengths[document])
         first, last = int(self._limits[group]), int(self._limits[group + 1])
+        if first == last:
+            yield Passage(0, length, False)
+            return
         begin = int(np.searchsorted(self._edges, first, side="right"))
         inside = self._edges[begin : int(np.searchsorted(self._edges, last, side="left"))]
         cuts = [0, *((inside - first) // self._copies[group]).tolist(), length]

@@ -109,7 +109,7 @@ def tokenize(arguments: TokenizeArguments) -> Path:
     if problems:
         raise ConfigError(problems)
     source = sources[kind]()
-    tokenizer = settings.make([source], cache_folder(None))
+    tokenizer = settings.make([(source, arguments.validation)], cache_folder(None))
     build_once(
         output.absolute(),
         lambda folder: write_corpus(source, tokenizer, arguments.validation, folder, arguments.shard_tokens),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import xxhash
 from tokenizers import Tokenizer as Engine
 from tokenizers import models
 
@@ -66,6 +67,18 @@ def test_the_data_node_trains_with_it_and_refuses_by_key(tmp_path: Path) -> None
     with pytest.raises(ConfigError) as refused:
         bare.prepare()
     assert [problem.key for problem in refused.value.problems] == ["data.fim_rate"]
+
+
+def test_no_copy_is_trained_on_of_a_text_that_is_held_out(tmp_path: Path) -> None:
+    texts = sorted((letter * 3000 for letter in "abcdef"), key=lambda text: xxhash.xxh3_64_intdigest(text.encode()))
+    (tmp_path / "text.txt").write_text("|".join([*texts, *texts[2:]]))  # windows lie at the end of this order
+    keys = {"input": f"{tmp_path}/text.txt", "separator": "|", "seq_len": 16, "cache_dir": str(tmp_path / "cache")}
+    made = build_node(TextConfig(**keys, tokenizer="bytes", fim_rate=0.5, validation=0.05), 3, None)  # type: ignore[arg-type]
+    made.prepare()
+    held = made.validation_shards  # type: ignore[attr-defined]
+    letters = {token for token in held.read(0, held.tokens).tolist() if token < 256}
+    assert letters and letters <= {ord(text[0]) for text in texts[:2]}
+    assert held.tokens == pytest.approx(1500, rel=0.25)
 
 
 def test_deepseek_s_tokens_are_known() -> None:

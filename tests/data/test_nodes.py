@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import xxhash
 from scipy import stats
 
 from meshloom.config.hashing import hash64
@@ -26,6 +27,7 @@ from meshloom.data.corpus import Corpus, Packed
 from meshloom.data.mixture import Mixture
 from meshloom.data.records import JsonLines
 from meshloom.data.shards import ShardError
+from meshloom.data.sources import TextFiles
 from meshloom.data.summary import data_notices, data_warnings, source_sizes
 from meshloom.data.synthetic import Synthetic
 from meshloom.data.tokenizer import Tokenizer
@@ -173,7 +175,7 @@ def test_the_held_out_share_is_the_one_asked_for():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_even_the_smallest_corpus_is_held_out_in_part(tmp_path: Path, count: int, version: int):
     for number in range(count):
         (tmp_path / f"{number}.txt").write_text(f"{number} " * 200)
@@ -343,6 +345,38 @@ def test_tokenizer_sample_is_bounded_uniform_and_orderless():
     numbers = [int(text[:4]) for text in sample]
     assert stats.kstest(numbers, stats.uniform(0, 1000).cdf).pvalue > 1e-3
     assert prepare.uniform_sample(["x" * 50], 10) == ["x" * 50]
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_tokenizer_is_trained_on_none_that_is_held_out(tmp_path: Path, version: int):
+    """The fault: both choices took the lowest hashes, so a sample of 1 % was the validation set."""
+    texts = [f"text {number:06d}" for number in range(20_000)]
+    (tmp_path / "all.txt").write_text("|".join(texts))
+    source = TextFiles(str(tmp_path / "all.txt"), "|")
+    sample = prepare.training_sample(source, sum(map(len, texts)) // 20, 0.01, version)
+    held = {text for text in texts if prepare.is_held_out(text, 0.01)}
+    assert len(sample) == 1000 and len(held & {*sample}) == (0 if version == 3 else len(held))
+    # Of the others the choice is independent: as many as by chance have a hash below the median.
+    below = sum(prepare.is_held_out(text, 0.5) for text in sample)
+    assert (stats.binomtest(below, 1000, 0.49 / 0.99).pvalue > 1e-3) == (version == 3)
+
+
+def test_a_source_that_is_held_out_whole_trains_the_tokenizer(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one|two")
+    source = TextFiles(str(tmp_path / "a.txt"), "|")
+    assert sorted(prepare.training_sample(source, 100, 0.999999, 3)) == ["one", "two"]
+
+
+def test_older_rules_find_the_tokenizer_they_had(tmp_path: Path, jsonl: str):
+    """Runs under version 2 resume on the cache of before: the name is the digest of the same inputs."""
+    source = JsonLines(jsonl)
+    prepare.train_tokenizer([(source, 0.1)], 270, 10_000, tmp_path, version=2)
+    inputs = [1, [source.identity(tmp_path / "identities")], 270, 10_000]
+    name = xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode())
+    assert (tmp_path / "tokenizers" / f"bpe-270-{name[:16]}").is_dir()
+    prepare.train_tokenizer([(source, 0.1)], 270, 10_000, tmp_path)
+    prepare.train_tokenizer([(source, 0.2)], 270, 10_000, tmp_path)
+    assert len([path for path in (tmp_path / "tokenizers").iterdir() if path.is_dir()]) == 3
 
 
 class UserCorpus(Corpus):

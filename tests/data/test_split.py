@@ -54,6 +54,21 @@ def test_copies_are_cut_alike():
     assert held and sum(passage.stop - passage.start for passage in held) == pytest.approx(600, rel=0.3)
 
 
+def test_no_text_with_a_copy_is_held_out_where_copies_differ():
+    """The fault: under fill-in-the-middle copies differ in length and order, and one was held out beside the other."""
+    names = np.concatenate([[5, 5], hashes(30), [6, 6]]).astype(np.uint64)
+    lengths = np.array([1000, 1003, *[500] * 30, 700, 700])
+    split = PassageSplit(names, lengths, 0.3, copies_differ=True)
+    passages = [list(split.passages(number)) for number in range(34)]
+    for copy in (0, 1, 32, 33):
+        assert [(each.start, each.stop, each.held_out) for each in passages[copy]] == [(0, lengths[copy], False)]
+    assert all(parts[0].start == 0 and parts[-1].stop == 500 for parts in passages[2:32])
+    held = sum(each.stop - each.start for parts in passages for each in parts if each.held_out)
+    assert held == pytest.approx(0.3 * lengths.sum(), rel=0.1)
+    with pytest.raises(ValueError, match="every text has a copy"):
+        PassageSplit(names[:2], lengths[:2], 0.3, copies_differ=True)
+
+
 def test_short_documents_stay_whole():
     lengths = np.full(2000, 50)
     split = PassageSplit(hashes(2000), lengths, 0.1)
