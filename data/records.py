@@ -124,8 +124,11 @@ class JsonLines(RecordFiles):
             if record is not None:
                 self._text(record)
         except ValueError as problem:
-            what = f"the first record of '{path}' is {problem}" if "object" in str(problem) else f"'{path}' has {problem}"
-            by = problem.key if isinstance(problem, MemberError) else self.record.learned[0]
+            if isinstance(problem, MemberError):
+                what, by = f"'{path}' has {problem}", problem.key
+            else:
+                verb = "" if isinstance(record, dict) else "is "  # a conversation's problem has its own
+                what, by = f"the first record of '{path}' {verb}{problem}", self.record.learned[0]
             found.append(Problem(f"{key}.{by}", what, _FIXES[by]))
         return found
 
@@ -337,7 +340,8 @@ class HuggingFace:
             except StopIteration:
                 return
             except Exception as problem:  # rows are read from the network one by one
-                raise ValueError(f"{what}, behind row {number - 1}: {problem}") from problem
+                place = f"behind row {number - 1}" if number else "at the first row"
+                raise ValueError(f"{what}, {place}: {problem}") from problem
             try:
                 text = self.record.of(row)
             except ValueError as problem:

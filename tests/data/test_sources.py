@@ -592,3 +592,9 @@ def test_hugging_face_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write_lines(tmp_path / "train.jsonl", TEXTS)
     assert list(HuggingFace(str(tmp_path)).documents()) == TEXTS
+
+
+def test_a_record_with_a_member_object_lacks_its_field(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "object": "text_completion", "body": "words"}\n')
+    (problem,) = JsonLines(str(tmp_path / "a.jsonl")).problems("data")
+    assert problem.key == "data.field" and "a.jsonl' has no field 'text'" in problem.message
