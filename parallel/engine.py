@@ -192,8 +192,12 @@ class Engine(Protocol):
     def assignments(self) -> torch.Tensor | None:
         """Return each expert's assignments in the last `accumulate` or `evaluate`, over all ranks: (L, E), fp64, on the device.
 
-        Rows are the layers with a mixture. None for a model without experts.
+        Rows are the layers with a mixture. None for a model without experts, and where nothing was routed.
         """
+        ...
+
+    def forget_assignments(self) -> None:
+        """Discard what `assignments` returns: a step is passed over, in which nothing is routed."""
         ...
 
     def fragments(self) -> Iterator[Fragment]:

@@ -264,6 +264,7 @@ class Loop:
         if self.island.is_main:
             log.warning("step %d: no position of the global batch has a target, so nothing is updated", before.step + 1)
         zero = torch.zeros((), device=self.mesh.device)
+        self.engine.forget_assignments()  # those of the step before are none of this one's
         if self.engine.islands is not None:  # an outer step may follow, which changes the weights
             for hook in self.hooks:
                 hook.before_update(self)

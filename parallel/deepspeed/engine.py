@@ -206,6 +206,9 @@ class DeepSpeedEngine:
         """Return None: models with experts are refused."""
         return None
 
+    def forget_assignments(self) -> None:
+        """Do nothing: there are none."""
+
     def fragments(self) -> Iterator[Fragment]:
         """Yield this rank's boxes of the fp32 masters and of the optimizer's tensors that have a weight's shape."""
         return self._state.fragments()

@@ -50,8 +50,9 @@ class MeshSums:
 class ExpertBalance:
     """The balance of all mixtures of a run. Every rank has the whole table of shares; a stage has its layers' biases.
 
-    shares_LE  E times each expert's share of the assignments, averaged over past steps: 1 for an even load, as before the
-               first step
+    shares_LE    E times each expert's share of the assignments, averaged over past steps: 1 for an even load, as before the
+                 first step
+    assignments  (L, E) of the last step or evaluation, summed over all ranks, on the device; fp64. None: nothing was routed
     """
 
     def __init__(self, shape: DecoderConfig, stages: Sequence[Model], mesh: Mesh, config: BalanceConfig) -> None:
@@ -66,7 +67,7 @@ class ExpertBalance:
         self._chunks = ChunkRate(config, mesh.device) if self._varies or config.chunk_sparsity else None
         self.ledger = Ledger(self._layers, self._experts, mesh.device, rates, MeshSums(mesh))
         self._evaluated = Ledger(self._layers, self._experts, mesh.device, Rates(chunk_length=config.chunk_length))
-        self._counts_LE: torch.Tensor | None = None
+        self.assignments: torch.Tensor | None = None
         self._unlearned_LE: torch.Tensor | None = None  # the counts of a step that has not been updated
         self._chunk_loss = torch.zeros((), dtype=torch.float64, device=mesh.device)  # of the same step
         self.shares_LE = torch.ones(len(self._layers), self._experts, dtype=torch.float64, device=mesh.device)
@@ -76,12 +77,6 @@ class ExpertBalance:
             name: bias for stage in stages for name, bias in stage.saved_buffers().items()
         }
         self._active: Ledger | None = None
-
-    @property
-    def assignments(self) -> torch.Tensor:
-        """The assignments (L, E) of the last step or evaluation, summed over all ranks, on the device; fp64."""
-        assert self._counts_LE is not None, "nothing was routed yet"
-        return self._counts_LE
 
     @property
     def counts_first(self) -> bool:
@@ -100,7 +95,7 @@ class ExpertBalance:
             total = evaluate()
         finally:
             self._active = None
-        self._counts_LE = self._whole_sums(self._evaluated)[:, : self._experts]
+        self.assignments = self._whole_sums(self._evaluated)[:, : self._experts]
         return total
 
     def run_step(
@@ -127,8 +122,7 @@ class ExpertBalance:
         finally:
             self._active = None
         sums_LN = self._whole_sums(self.ledger)
-        self._counts_LE = sums_LN[:, : self._experts]
-        self._unlearned_LE = self._counts_LE
+        self.assignments = self._unlearned_LE = sums_LN[:, : self._experts]
         self._chunk_loss = sums_LN[:, 2 * self._experts + OTHERS.index("chunk")].mean() / global_tokens
         return total, self._report(sums_LN, global_tokens)
 

@@ -229,6 +229,11 @@ class TorchEngine:
         """See `engine.Engine`."""
         return None if self._balance is None else self._balance.assignments
 
+    def forget_assignments(self) -> None:
+        """See `engine.Engine`."""
+        if self._balance is not None:
+            self._balance.assignments = None
+
     def fragments(self) -> Iterator[Fragment]:
         """Yield this rank's boxes of weights and of the optimizer's arrays."""
         self.weights.wait_all_gather(compute_copies=False)

@@ -14,6 +14,7 @@ from meshloom.optim.batch.config import FixedConfig
 from meshloom.optim.batch.controller import Fixed
 from meshloom.optim.batch.statistics import GradientStatistics
 from meshloom.optim.horizon import Horizon
+from meshloom.optim.local.config import LocalConfig
 from meshloom.optim.progress import Progress
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engine import StepLoss
@@ -147,6 +148,35 @@ def test_a_controller_observes_no_loss_of_a_step_without_targets() -> None:
     ((losses, seen),) = run_ranks(1, observed)
     assert len(losses) == 3 and losses[1] == 0.0
     assert seen == [losses[0], losses[2]]
+
+
+class Routed(Hook):
+    """Keeps how many assignments of tokens to experts each step has, as hooks are told before an update; None: nothing."""
+
+    def __init__(self) -> None:
+        self.counts: list[float | None] = []
+
+    def before_update(self, loop: Loop) -> None:
+        counts = loop.engine.assignments()
+        self.counts.append(None if counts is None else float(counts.sum()))
+
+
+def routed(rank: int, world_size: int) -> list[float | None]:
+    """The assignments of three steps of an island, of which the first and the last have no target."""
+    experts = {"count": 3, "top_k": 1, "ffn_dim": 4}
+    local = LocalConfig(islands=2, inner_steps=2)
+    work, hook = Work(samples=2, local=local, model=(("experts", experts),), balance=(("global_batch", 0.5),)), Routed()
+    engine = build(work, world_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "sample", blind(lambda index: 2 <= index < 4))
+        take_steps(engine, work, range(3), hook)
+    return hook.counts
+
+
+def test_a_step_without_targets_has_no_assignments() -> None:
+    for first, second, third in run_ranks(2, routed):
+        assert first is None and third is None
+        assert second is not None and second > 0
 
 
 def test_the_mean_loss_of_no_target_is_zero() -> None:
