@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +18,14 @@ from .batch import Samples
 from .blend import MixedSamples, apportion
 from .build import build_source
 from .config import MixtureConfig
-from .corpus import Corpus, TokenizerSettings
+from .corpus import Corpus, Packed, TokenizerSettings
 from .node import DataNode
 from .shards import ShardError
 from .tokenizer import Tokenizer
 from .validation import ValidationPart, WeightedParts, validation_parts
 from .version import version_problems
+
+log = logging.getLogger(__name__)
 
 FIX = "name some in a recipe's defaults: /data@sources.code: stdlib"
 
@@ -126,6 +129,7 @@ class Mixture:
             for name, node in corpora.items():
                 with _naming(f"data.sources.{name}"):
                     node.prepare_with(self._tokenizer)
+        self._refuse_other_ends()
         sizes = {name: node.vocabulary for name, node in self.nodes.items()}
         if len(set(sizes.values())) > 1:
             raise ConfigError([Problem("data.sources", f"vocabularies differ: {sizes}", "tokenise all with one tokenizer")])
@@ -139,6 +143,18 @@ class Mixture:
             what = "its tokens come from another tokenizer, or another token ends its documents"
             raise ConfigError([Problem(f"data.sources.{name}", what, fix)])
         self._tokenizer = tokenizer
+
+    def _refuse_other_ends(self) -> None:
+        """Raise ConfigError if another token ends the documents of a source; warn of shards without a tokenizer."""
+        shards = {name: node.shards.manifest for name, node in self.nodes.items() if isinstance(node, Packed)}
+        ends = {name: manifest.end_of_document for name, manifest in shards.items()}
+        if len(set(ends.values()) - {None}) > 1:
+            fix = "tokenise all with one tokenizer and one end_of_document"
+            raise ConfigError([Problem("data.sources", f"the tokens that end a document differ: {ends}", fix)])
+        unknown = [name for name, manifest in shards.items() if manifest.tokenizer is None]
+        if unknown and self._tokenizer is not None:
+            text = "data.sources.%s: its shards have no tokenizer.json, so nothing says that its tokens are those of the others"
+            log.warning(text, ", ".join(unknown))
 
     def _prepared(self) -> list[DataNode]:
         if not self._is_prepared:

@@ -20,6 +20,7 @@ from meshloom.data.config import MixtureConfig
 from meshloom.data.mixture import Mixture
 from meshloom.data.nodes import Jsonl
 from meshloom.data.order import ValidationSamples
+from meshloom.data.shards import ShardWriter
 from meshloom.data.validation import ValidationPart, samples_of_parts, validation_parts
 from meshloom.launch import data as command
 from meshloom.trainer.schema import make_composer
@@ -311,3 +312,16 @@ tokenizer: bytes
     assert mixed.problems() == []
     mixed.prepare()
     assert mixed.train().blend.counts == [500, 500]
+
+
+def test_shards_that_end_their_documents_otherwise_are_refused(files: dict[str, str], tmp_path: Path):
+    for name, end in (("same", 256), ("other", 7)):
+        with ShardWriter(tmp_path / name, 257, end) as writer:
+            writer.add(np.array([*range(20), end]))
+        shards = {"_target_": "meshloom.data.nodes.Tokenized", "path": f"{tmp_path}/{name}", "seq_len": 1}
+        mixed = mixed_sources({"a": shards, "b": node(files["many"])}, tokenizer="bytes")
+        if end == 256:
+            mixed.prepare()
+        else:
+            with pytest.raises(ConfigError, match=r"data\.sources: the tokens that end a document differ"):
+                mixed.prepare()
