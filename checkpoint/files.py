@@ -307,10 +307,15 @@ def is_remote(location: str | Path) -> bool:
     return isinstance(location, str) and "://" in location and not location.startswith("file://")
 
 
+def local_path(location: str | Path) -> Path:
+    """Return the path that a location on a mounted file system names: itself, or that of a `file://` URL."""
+    return Path(str(location).removeprefix("file://"))
+
+
 def open_files(location: str | Path) -> LocalFiles | RemoteFiles:
     """The folder at a path or an fsspec URL. Raises CheckpointError for a URL that nothing here can read."""
     if not is_remote(location):
-        return LocalFiles(Path(str(location).removeprefix("file://")))
+        return LocalFiles(local_path(location))
     import fsspec  # only where it is used: importing it costs a tenth of a second
 
     try:

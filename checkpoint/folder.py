@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, DamageError
-from .files import Files, LocalFiles, is_remote, open_files
+from .files import Files, LocalFiles, is_remote, local_path, open_files
 from .identity import RunIdentity
 from .manifest import MANIFEST, Manifest, prove_manifest
 from .stored_file import StoredFile
@@ -286,7 +286,7 @@ def find_latest(folder: str | Path) -> Path | str | None:
     found = _newest_whole(open_files(folder))
     if found is None:
         return None
-    return f"{str(folder).rstrip('/')}/{found[0]}" if is_remote(folder) else Path(folder) / found[0]
+    return f"{str(folder).rstrip('/')}/{found[0]}" if is_remote(folder) else local_path(folder) / found[0]
 
 
 def _newest_whole(files: Files) -> tuple[str, Manifest] | None:

@@ -22,7 +22,7 @@ from .convert.hugging_face.folder import HuggingFaceFolder, open_folder
 from .convert.hugging_face.reading import check_head, fill
 from .dtypes import name_of
 from .errors import CheckpointError, DamageError
-from .files import Files, hugging_face_folder, is_remote, open_files
+from .files import Files, hugging_face_folder, is_remote, local_path, open_files
 from .folder import StepListing, is_step, list_steps, load_manifest, open_manifest, open_step, read_manifest_text
 from .identity import RunIdentity
 from .manifest import Manifest, StoredArray
@@ -256,7 +256,7 @@ def _found_in(location: str | Path) -> list[str]:
         return [base]
     listing = list_steps(open_files(location))
     found = [f"{base}/{name}" for name in listing.names]
-    in_memory = None if is_remote(location) else find_recovery(Path(location))
+    in_memory = None if is_remote(location) else find_recovery(local_path(location))
     if in_memory is not None and _is_newest(in_memory, listing):
         found.insert(0, _IN_MEMORY + in_memory.encode())
     return found
@@ -301,7 +301,7 @@ def _open(candidate: str, location: str | Path, talk: Round, group: ProcessGroup
     fault: CheckpointError | None = None
     try:
         if candidate.startswith(_IN_MEMORY):
-            files = open_recovery(candidate.removeprefix(_IN_MEMORY), Path(location), talk)
+            files = open_recovery(candidate.removeprefix(_IN_MEMORY), local_path(location), talk)
         else:
             files = open_files(candidate)
     except CheckpointError as error:

@@ -10,6 +10,8 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
+from ..checkpoint.files import is_remote, local_path
+
 
 def available_memory(root: Path = Path("/")) -> int:
     """Return the available bytes of host memory: the machine's, or what this process's control groups leave, if less.
@@ -95,9 +97,9 @@ def _reclaimable(stat: Path, prefix: str) -> int:
 
 def free_disk(folder: str | Path) -> int | None:
     """Return the free bytes of the file system of a folder, which need not exist; None for an object store, or if unknown."""
-    if "://" in str(folder) and not str(folder).startswith("file://"):
+    if is_remote(str(folder)):
         return None
-    place = Path(str(folder).removeprefix("file://")).expanduser().absolute()
+    place = local_path(folder).expanduser().absolute()
     for existing in (place, *place.parents):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             try:

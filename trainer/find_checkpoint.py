@@ -10,7 +10,7 @@ import yaml
 from omegaconf import DictConfig
 
 from ..checkpoint.errors import CheckpointError
-from ..checkpoint.files import HUGGING_FACE, hugging_face_folder, is_remote, open_files
+from ..checkpoint.files import HUGGING_FACE, hugging_face_folder, is_remote, local_path, open_files
 from ..checkpoint.folder import KEEPERS, find_latest, read_newest, step_name, steps_newest_first
 from ..checkpoint.manifest import MANIFEST, Manifest
 from ..config.problems import ConfigError, Problem
@@ -97,7 +97,7 @@ def find_checkpoint(location: str, key: str) -> Path | str:
         return f"{HUGGING_FACE}{folder}"
     if not location:
         raise ConfigError([Problem(key, "is empty", fix)])
-    location = location if is_remote(location) else str(Path(location.removeprefix("file://")).expanduser())
+    location = location if is_remote(location) else str(local_path(location).expanduser())
     try:
         if open_files(location).size(MANIFEST) is not None:
             return location if is_remote(location) else Path(location)
@@ -115,7 +115,7 @@ def is_inside(checkpoint: Path | str, folder: str) -> bool:
     """Return whether a checkpoint is inside a run's checkpoint folder, or is that folder."""
     if is_remote(str(checkpoint)) or is_remote(folder):
         return f"{checkpoint}/".startswith(f"{folder.rstrip('/')}/")
-    inner, outer = (Path(str(place).removeprefix("file://")).resolve() for place in (checkpoint, folder))
+    inner, outer = (local_path(place).resolve() for place in (checkpoint, folder))
     return inner.is_relative_to(outer)
 
 
@@ -123,7 +123,7 @@ def is_named(checkpoint: Path | str, resume: str) -> bool:
     """Return whether a checkpoint is the folder that `resume` names, and not one that was found in it or beside it."""
     if is_remote(str(checkpoint)) or is_remote(resume):
         return str(checkpoint).rstrip("/") == resume.rstrip("/")
-    one, other = (Path(str(place).removeprefix("file://")).expanduser().resolve() for place in (checkpoint, resume))
+    one, other = (local_path(place).expanduser().resolve() for place in (checkpoint, resume))
     return one == other
 
 
@@ -182,4 +182,4 @@ def checkpoint_manifest(checkpoint: Path | str) -> Manifest:
 
 def _has_keepers(folder: str) -> bool:
     """Return whether processes that keep snapshots in memory are registered in a folder of checkpoints."""
-    return not is_remote(folder) and any((Path(folder) / KEEPERS).glob("*.json"))
+    return not is_remote(folder) and any((local_path(folder) / KEEPERS).glob("*.json"))

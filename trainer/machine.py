@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..checkpoint.files import is_remote
+from ..checkpoint.files import is_remote, local_path
 from ..checkpoint.lock import LOCK, holder_of, refusal
 from ..config.problems import Problem
 from ..config.words import counted
@@ -61,8 +61,8 @@ def _folders(config: RunConfig) -> Iterator[Problem]:
 
         yield from wandb_problems()
     yield from _unwritable("output_dir", config.output_dir)
-    if config.checkpoint.folder is not None and "://" not in config.checkpoint.folder:
-        yield from _unwritable("checkpoint.folder", config.checkpoint.folder)
+    if config.checkpoint.folder is not None and not is_remote(config.checkpoint.folder):
+        yield from _unwritable("checkpoint.folder", str(local_path(config.checkpoint.folder)))
     yield from _taken(config)
 
 
@@ -76,7 +76,7 @@ def _taken(config: RunConfig) -> Iterator[Problem]:
     folders = [("output_dir", str(config.output_dir), RUN_LOCK, "writing")]
     folder = checkpoint_folder(config)
     if config.checkpoint.every != 0 and not is_remote(folder):
-        folders.append(("checkpoint.folder", folder.removeprefix("file://"), LOCK, "saving"))
+        folders.append(("checkpoint.folder", str(local_path(folder)), LOCK, "saving"))
     for key, place, name, doing in folders:
         with contextlib.suppress(OSError):  # reported by `_unwritable`
             if (holder := holder_of(Path(place), name)) is not None:

@@ -15,7 +15,7 @@ from ...parallel.box import Box
 from ..digest import LEAF_BYTES, leaf_digests, seal
 from ..dtypes import bytes_of, in_panels, name_of
 from ..errors import CheckpointError
-from ..files import is_remote, open_files
+from ..files import is_remote, local_path, open_files
 from ..folder import list_steps, step_name
 from ..manifest import Manifest, state_fault
 from ..planning.description import Declaration, Description
@@ -117,7 +117,7 @@ def compose(
             raise
     finally:
         target.close()
-    return Path(folder) / step_name(step)
+    return local_path(folder) / step_name(step)
 
 
 def _declared(source: Source) -> Declaration:

@@ -86,7 +86,7 @@ class Journal:
             files.write(ASIDE, files.read(JOURNAL))
             files.delete(JOURNAL)
         else:
-            (Path(folder) / JOURNAL).replace(Path(folder) / ASIDE)
+            (files.path / JOURNAL).replace(files.path / ASIDE)
         text = "%s is another run's, for this one begins anew: it is %s now. To leave its samples out, begin with resume=auto"
         log.warning(text, files.label(JOURNAL), ASIDE)
 
@@ -97,8 +97,8 @@ class Journal:
         if isinstance(files, RemoteFiles):
             files.write(JOURNAL, data)
         else:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            replace_small(Path(folder) / JOURNAL, data, "journal")
+            files.path.mkdir(parents=True, exist_ok=True)
+            replace_small(files.path / JOURNAL, data, "journal")
 
 
 def read_journal(checkpoint: Path | str) -> list[dict[str, Any]]:

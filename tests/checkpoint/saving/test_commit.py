@@ -42,6 +42,7 @@ def test_the_newest_complete_step_is_found_and_the_rest_ignored(tmp_path: Path) 
     assert find_latest(tmp_path / "absent") is None
     save_steps(tmp_path, 1, 2, 3)
     assert find_latest(tmp_path) == tmp_path / "step-00000003"
+    assert find_latest(f"file://{tmp_path}") == tmp_path / "step-00000003"
     (tmp_path / "step-00000009.tmp-abcdef").mkdir()
     (tmp_path / "step-00000008").mkdir()
     (tmp_path / "step-00000007").write_text("a file of that name")

@@ -35,8 +35,15 @@ def test_a_bad_entry_is_refused_by_its_place(tmp_path: Path, entry: Any, said: s
         read_journal(written(tmp_path, GOOD, entry))
 
 
-def test_a_run_that_begins_anew_moves_the_file_aside(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_a_run_that_begins_anew_moves_the_file_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    journal = Journal("d")
+    journal.add([GOOD])
+    journal.write(f"{prefix}{tmp_path}")
+    (found,) = read_journal(tmp_path)
+    assert found == {**found, **GOOD}
     assert read_journal(written(tmp_path, GOOD)) == [GOOD]
-    Journal("d").begin(str(tmp_path))
+    Journal("d").begin(f"{prefix}{tmp_path}")
     assert read_journal(tmp_path) == []
     assert json.loads((tmp_path / "rewinds-before.json").read_text())["rewinds"] == [GOOD]
