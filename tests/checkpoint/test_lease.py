@@ -26,7 +26,7 @@ from meshloom.checkpoint.fence import FENCE, Fence
 from meshloom.checkpoint.files import RemoteFiles, open_files
 from meshloom.checkpoint.folder import find_latest, list_steps
 from meshloom.checkpoint.lease import Lease
-from meshloom.checkpoint.saving.commit import open_target
+from meshloom.checkpoint.saving.commit import RemoteTarget, open_target
 from meshloom.checkpoint.tools import prune
 from support.checkpoint_worlds import fragments, make_arrays
 
@@ -374,6 +374,15 @@ def test_commits_made_while_a_run_waits_are_counted(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Lease, "_watch", commit)
     save(url, 1)
     assert [list_steps(files).heads[f"step-0000000{step}"].commit for step in (2, 1)] == [1, 2]
+
+
+def test_discarding_on_a_store_that_is_away_raises_nothing(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("the store is away")
+
+    with monkeypatch.context() as away:
+        away.setattr(files.system, "info", refuse)
+        RemoteTarget(files, coordinator=False).discard(1, "token")
 
 
 def test_a_folder_that_can_not_be_listed_is_let_go(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
