@@ -308,8 +308,8 @@ def is_remote(location: str | Path) -> bool:
 
 
 def local_path(location: str | Path) -> Path:
-    """Return the path that a location on a mounted file system names: itself, or that of a `file://` URL."""
-    return Path(str(location).removeprefix("file://"))
+    """Return the path that a location on a mounted file system names: itself, or that of a `file://` URL; with ~ expanded."""
+    return Path(str(location).removeprefix("file://")).expanduser()
 
 
 def open_files(location: str | Path) -> LocalFiles | RemoteFiles:

@@ -162,9 +162,10 @@ class Lease:
             raise HeldError(self._overtaken(first))
         if first.get("token") in _held:
             raise HeldError(self._refusal(first))
-        if _is_over(first) or _has_died(first):
+        late = self._mark_of(first)  # of a run that has lost the folder: whoever has it will put its own record back
+        if not late and (_is_over(first) or _has_died(first)):
             return
-        if follows(_holder(first)):  # an earlier start of the same launch, which may hang
+        if not late and follows(_holder(first)):  # an earlier start of the same launch, which may hang
             return
         log.warning(
             "%s: waiting up to %g s to see whether %s is still there", self._files.label(), LEASE_SECONDS, _holder(first)
@@ -173,10 +174,11 @@ class Lease:
         while time.monotonic() < deadline:
             time.sleep(min(WATCH_SECONDS, LEASE_SECONDS))
             now = self._read()
+            if now == first or self._mark_of(now):
+                continue
             if not now or _is_over(now):
                 return
-            if now != first:
-                raise HeldError(self._refusal(now))
+            raise HeldError(self._refusal(now))
 
     def _overtaken(self, record: dict[str, Any]) -> str:
         return (

@@ -145,12 +145,20 @@ class Mixture:
         self._tokenizer = tokenizer
 
     def _refuse_other_ends(self) -> None:
-        """Raise ConfigError if another token ends the documents of a source; warn of shards without a tokenizer."""
+        """Raise ConfigError if another token ends the documents of a source; warn of shards without a tokenizer.
+
+        Data of earlier versions of the rules are trained on, with a warning.
+        """
         shards = {name: node.shards.manifest for name, node in self.nodes.items() if isinstance(node, Packed)}
         ends = {name: manifest.end_of_document for name, manifest in shards.items()}
         if len(set(ends.values()) - {None}) > 1:
-            fix = "tokenise all with one tokenizer and one end_of_document"
-            raise ConfigError([Problem("data.sources", f"the tokens that end a document differ: {ends}", fix)])
+            text, fix = (
+                f"the tokens that end a document differ: {ends}",
+                "tokenise all with one tokenizer and one end_of_document",
+            )
+            if self.version >= 3:
+                raise ConfigError([Problem("data.sources", text, fix)])
+            log.warning("data.sources: %s; a new run is refused for it", text)  # this one began before that was noticed
         unknown = [name for name, manifest in shards.items() if manifest.tokenizer is None]
         if unknown and self._tokenizer is not None:
             text = "data.sources.%s: its shards have no tokenizer.json, so nothing says that its tokens are those of the others"

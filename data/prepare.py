@@ -114,7 +114,8 @@ def tokenize_corpus(
     fim: FillInTheMiddle | None = None,
 ) -> Path:
     """Tokenise a source, or find it in the cache. Returns the folder of the shards `train` and, if held out, `validation`."""
-    inputs = [version, source.identity(cache / "identities"), tokenizer.fingerprint, validation]
+    same = fim is None or not validation  # as version 2 makes them
+    inputs = [min(version, 2) if same else version, source.identity(cache / "identities"), tokenizer.fingerprint, validation]
     inputs += [] if fim is None else [["fim", fim.rate, fim.spm_rate, fim.seed]]
     name = xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode())
     target = cache / "corpora" / f"{source.name}-{name[:16]}"

@@ -99,7 +99,7 @@ def free_disk(folder: str | Path) -> int | None:
     """Return the free bytes of the file system of a folder, which need not exist; None for an object store, or if unknown."""
     if is_remote(str(folder)):
         return None
-    place = local_path(folder).expanduser().absolute()
+    place = local_path(folder).absolute()
     for existing in (place, *place.parents):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             try:

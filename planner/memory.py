@@ -9,7 +9,7 @@ from typing import Literal
 
 from ..models.costs import ForwardPass
 from ..optim.optimizers.config import AdamWConfig, OptimConfig
-from ..optim.optimizers.eight_bit_config import AdamW8bitConfig
+from ..optim.optimizers.eight_bit_config import LARGEST_BLOCK, AdamW8bitConfig
 from ..optim.optimizers.matrix_config import MatrixOptimConfig, MuonConfig
 from ..optim.optimizers.state_size import state_size
 from ..parallel.config import ParallelConfig
@@ -167,7 +167,9 @@ def optimizer_bytes(config: OptimConfig) -> OptimizerBytes | None:
     """
     if state_size(config, (1, 1), 1, hidden=False) is None:
         return None
-    rounded = isinstance(config, AdamWConfig | AdamW8bitConfig)
+    rounded = (isinstance(config, AdamWConfig) and config.fused is not False) or (
+        isinstance(config, AdamW8bitConfig) and config.block <= LARGEST_BLOCK
+    )
     fused = rounded or isinstance(config, MatrixOptimConfig)
     updates = "computed" if isinstance(config, MuonConfig) else "widened" if isinstance(config, MatrixOptimConfig) else "none"
 

@@ -97,7 +97,7 @@ def find_checkpoint(location: str, key: str) -> Path | str:
         return f"{HUGGING_FACE}{folder}"
     if not location:
         raise ConfigError([Problem(key, "is empty", fix)])
-    location = location if is_remote(location) else str(local_path(location).expanduser())
+    location = location if is_remote(location) else str(local_path(location))
     try:
         if open_files(location).size(MANIFEST) is not None:
             return location if is_remote(location) else Path(location)
@@ -123,7 +123,7 @@ def is_named(checkpoint: Path | str, resume: str) -> bool:
     """Return whether a checkpoint is the folder that `resume` names, and not one that was found in it or beside it."""
     if is_remote(str(checkpoint)) or is_remote(resume):
         return str(checkpoint).rstrip("/") == resume.rstrip("/")
-    one, other = (local_path(place).expanduser().resolve() for place in (checkpoint, resume))
+    one, other = (local_path(place).resolve() for place in (checkpoint, resume))
     return one == other
 
 

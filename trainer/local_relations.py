@@ -61,6 +61,7 @@ def smallest_batch_problems(config: RunConfig, least: int) -> Iterator[Problem]:
     """Yield a problem if the smallest batch of the run, `least` samples, leaves an island without any."""
     islands = config.optim.local.islands
     if least < islands:
-        key = "batch.stages" if isinstance(config.batch, StagesConfig) else "batch.samples"
+        staged = isinstance(config.batch, StagesConfig) and any(size == least for _, size in config.batch.points())
+        key = "batch.stages" if staged else "batch.samples"
         message = f"{least} samples leave an island without any, with optim.local.islands={islands}"
         yield Problem(key, message, f"use {islands} or more, {WITHOUT_ISLANDS}")

@@ -247,9 +247,6 @@ def choose(statuses: Iterable[tuple[Address, list[dict[str, Any]]]]) -> Recovery
         for info in versions:
             by_version.setdefault(info["version"], {})[address.slot] = (address, info)
     for version, held in sorted(by_version.items(), key=lambda entry: -max(info["step"] for _, info in entry[1].values())):
-        with_manifest = next(((a, info) for a, info in held.values() if info["manifest"]), None)
-        if with_manifest is None:
-            continue
         groups = {tuple(info["members"]): info["block"] for _, info in held.values()}
         lost: dict[int, dict[str, Any]] = {}
         missing = [[slot for slot in members if slot not in held] for members in groups]
@@ -258,10 +255,14 @@ def choose(statuses: Iterable[tuple[Address, list[dict[str, Any]]]]) -> Recovery
         for members, block in groups.items():
             lost |= {slot: {"members": list(members), "block": block} for slot in members if slot not in held}
         holders = {slot: (address, int(info["size"])) for slot, (address, info) in held.items()}
-        at, info = with_manifest
-        found = Recovery(version, info["step"], holders, lost, at, info["manifest"])
-        if _world_size(found) == len(holders) + len(lost):
-            return found
+        for at, info in held.values():
+            if info["manifest"]:
+                found = Recovery(version, info["step"], holders, lost, at, info["manifest"])
+                ranks = _world_size(found)
+                if ranks == len(holders) + len(lost):
+                    return found
+                if ranks is not None:
+                    break
     return None
 
 
@@ -270,7 +271,8 @@ def _world_size(recovery: Recovery) -> int | None:
     try:
         return int(json.loads(_manifest_of(recovery))["world_size"])
     except (CheckpointError, ValueError, KeyError, TypeError) as error:
-        log.warning("the memory of step %d is left out: its manifest can't be read: %s", recovery.step, error)
+        where = f"{recovery.manifest_at.host}:{recovery.manifest_at.port}"
+        log.warning("the manifest of step %d in the memory of %s can't be read: %s", recovery.step, where, error)
         return None
 
 

@@ -301,12 +301,15 @@ class RemoteTarget(Target):
     def discard(self, step: int, token: str) -> None:
         """See Target. A save that failed after its manifest was put stands."""
         folder = self.files.child(step_name(step))
-        with contextlib.suppress(OSError, CheckpointError):  # a store that is away: the next commit clears it
+        try:
             if folder.size(MANIFEST) is not None and f'"suffix": "-{token}"'.encode() in folder.read(MANIFEST):
                 return
             for name in folder.names():
                 if f"-{token}." in name:
                     folder.delete(name)
+        except (OSError, CheckpointError) as error:  # a store that is away
+            self._first = True  # the next commit looks at earlier steps again
+            log.warning("what is left of the failed save of step %d is deleted later: %s", step, error)
 
     def _clear(self, manifest: Manifest) -> None:
         """Delete what earlier saves of this step left and, once, what crashed saves of earlier steps did."""

@@ -112,7 +112,7 @@ class HostWatch(threading.Thread):
         if attempt != self._attempt:
             self._attempt, self._named = attempt, ()
             self._disconnect()
-            self._stacks, self._seen = {}, {}
+            self._stacks, self._seen, self._answering = {}, {}, set()
         if attempt <= self.over or self._has_ended:
             return
         self._polls += 1

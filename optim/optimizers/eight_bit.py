@@ -20,12 +20,11 @@ from ...kernels.code_tables import CodeTable
 from ...kernels.loss import runs_triton
 from ...kernels.rounding import KeptWeight
 from .config import base_rate
-from .eight_bit_config import AdamW8bitConfig
+from .eight_bit_config import LARGEST_BLOCK, AdamW8bitConfig
 from .own_arrays import OwnArray
 from .parameters import NamedParameter, Shards, decay_groups
 
 EXPONENTS = 7
-LARGEST_BLOCK = 8192  # elements that the kernel can hold at once
 
 
 @functools.cache

@@ -9,6 +9,8 @@ from ...config.problems import Problem
 from .bounds import COUNT, POSITIVE, beta_problems, bound_problems
 from .config import OptimConfig
 
+LARGEST_BLOCK = 8192  # elements that the kernel of the update can hold at once
+
 
 @dataclass(frozen=True)
 class AdamW8bitConfig(OptimConfig):

@@ -350,6 +350,13 @@ def test_a_run_that_froze_while_it_took_the_folder_gets_nothing(
         Lease(files)
     assert record(files)["over"], "nobody waits for it"
     if not ended:
+        with monkeypatch.context() as patient:  # a newcomer that finds this record waits for the one whose record it lies over
+            patient.setattr(lease, "LEASE_SECONDS", NEVER)
+            renewal = threading.Timer(0.1, others[0].check)
+            renewal.start()
+            with pytest.raises(HeldError, match="another run is saving into this folder"):
+                Lease(files)
+            renewal.join()
         others[0].check()
         assert record(files)["token"] == others[0]._token, "it has the folder still"
         others[0].release()

@@ -47,7 +47,7 @@ from meshloom.parallel.pipeline.stages import (
 from meshloom.parallel.policies import ActivationSettings, block_policies
 from meshloom.planner.built_model import model_inventory, tried_optimizer
 from meshloom.planner.cost import layout_cost
-from meshloom.planner.memory import Job, optimizer_bytes
+from meshloom.planner.memory import Job, OptimizerNeeds, optimizer_bytes
 from meshloom.planner.orders import pipeline_order
 from meshloom.planner.parameters import decoder_inventory
 from meshloom.planner.timeline import Costs, Timeline, peak, simulate
@@ -175,7 +175,7 @@ def test_experts_dealt_to_ranks_are_counted_apart() -> None:
         with torch.device("meta"):
             inventory = model_inventory(decoder(**work.llama()), work.parallel.tp)
         layout, job = Layout.plan(work.parallel, 4), Job(SEQ_LEN, 1, 2, "bf16", ["none"] * 4, compiled=False)
-        cost = layout_cost(inventory, work.parallel, layout, job, lambda *_: (None, False))
+        cost = layout_cost(inventory, work.parallel, layout, job, lambda *_: OptimizerNeeds(None))
         for pp, rank in enumerate(cost.ranks):
             found = [result[at][1:] for result in everything if result[at][0] == pp]
             assert max(found) == (rank.elements, rank.experts), work.parallel

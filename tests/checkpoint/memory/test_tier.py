@@ -150,6 +150,26 @@ def test_a_version_whose_manifest_is_damaged_is_left_out(monkeypatch: pytest.Mon
         tier.manifest_of(tier.Recovery("v", 3, {0: (address, 8)}, {}, address, len(text)).encode())
 
 
+def test_a_damaged_manifest_is_asked_of_another_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [b"not packed", zlib.compress(b'{"world_size": 2}')]
+
+    class Keeper:
+        def __init__(self, address: Address, _seconds: float) -> None:
+            self._text = texts[address.slot]
+
+        def fetch(self, version: str, what: str, target: memoryview, offset: int) -> None:
+            target[:] = self._text
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(tier, "Connection", Keeper)
+    common = {"version": "v", "step": 3, "members": [0, 1], "block": 0, "size": 8}
+    statuses = [(Address("here", 1, "", slot), [{**common, "manifest": len(texts[slot])}]) for slot in (0, 1)]
+    found = tier.choose(statuses)
+    assert found is not None and found.manifest_at.slot == 1
+
+
 def test_another_runs_memory_is_left_alone(folder: Path) -> None:
     crashed_run(folder, 2, disk_step=1)
     checkpointer = Checkpointer(folder, Control.alone(), CheckpointConfig(mode="sync"))
