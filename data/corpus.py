@@ -125,9 +125,8 @@ class Packed:
         self._shards = shards, held
         self._train = self._pack(shards, key)
         self._validation = None if held is None else self._pack(held, key, held_out=True)
-        packing = (
-            self._packing if self.version == 1 or self._packing == "concat" else f"{self._packing} 2"
-        )  # as since version 2
+        since = "" if self.version == 1 or self._packing == "concat" else " 2"  # packing changed with version 2 of the rules
+        packing = self._packing + since
         content = [shards.fingerprint, held.fingerprint if held else "", packing, self.seq_len, self._document_mask]
         self._fingerprint = xxhash.xxh3_128_hexdigest(repr(content).encode())
 

@@ -152,12 +152,9 @@ class Mixture:
         shards = {name: node.shards.manifest for name, node in self.nodes.items() if isinstance(node, Packed)}
         ends = {name: manifest.end_of_document for name, manifest in shards.items()}
         if len(set(ends.values()) - {None}) > 1:
-            text, fix = (
-                f"the tokens that end a document differ: {ends}",
-                "tokenise all with one tokenizer and one end_of_document",
-            )
+            text = f"the tokens that end a document differ: {ends}"
             if self.version >= 3:
-                raise ConfigError([Problem("data.sources", text, fix)])
+                raise ConfigError([Problem("data.sources", text, "tokenise all with one tokenizer and one end_of_document")])
             log.warning("data.sources: %s; a new run is refused for it", text)  # this one began before that was noticed
         unknown = [name for name, manifest in shards.items() if manifest.tokenizer is None]
         if unknown and self._tokenizer is not None:
