@@ -117,7 +117,7 @@ def test_a_rank_whose_forward_pass_is_slow_is_named(layout: str, tmp_path: Path,
     """The others wait for it in their own passes: for gradients, weights, and what is exchanged inside of layers."""
     ranks, parallel = LAYOUTS[layout]
     monkeypatch.setattr(stragglers, "WINDOW", SHORT)
-    slow = "trainer.hooks=[{_target_: support.run_hooks.SlowLayer, rank: 1, seconds: 0.06}]"
+    slow = "trainer.hooks=[{_target_: support.run_hooks.SlowLayer, rank: 1, seconds: 0.12}]"
     words = [slow, f"trainer.steps={SHORT + 4}", "trainer.eval_every=0", "checkpoint.every=0", f"output_dir={tmp_path}"]
     assert run_ranks(ranks, body, ["trainer.tokens=null", *parallel, *words]) == [0] * ranks
     (incident,) = read_incidents(tmp_path)
