@@ -35,7 +35,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclasses.dataclass
 class Settings:
-    """What is timed. dtypes: of the iteration, some of DTYPES; the matrices are bf16"""
+    """A measurement. dtypes: of the iteration, some of DTYPES; the matrices are bf16"""
 
     batches: str = (
         "2x2048x2048,16x2048x2048,2x512x2048,32x512x2048,3x2048x8192,4x2048x8192,8x2048x8192,4x8192x2048,32x1024x2048"

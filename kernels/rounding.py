@@ -14,7 +14,7 @@ _LOW = 0xFFFF  # the bits of an fp32 number that bf16 has not
 
 @dataclass(frozen=True)
 class KeptWeight:
-    """What is kept of an fp32 weight between updates.
+    """An fp32 weight as it is kept between updates.
 
     value      the weight rounded to bf16, contiguous
     remainder  what rounding has left, in bf16: the weight is the sum of both. None: it is rounded by chance

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from . import limits
 from .limits import SWIGLU_UNIT
-from .trial import survived
+from .trial import hopper_reason
 
 _TOLERANCE = 0.03  # bf16 rounds by 0.002 to 0.004 a product
 
@@ -32,17 +32,10 @@ def unsupported_reason(device: torch.device) -> str | None:
 
     Raises RuntimeError where the trial has left the GPU unusable.
     """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return "it needs a Hopper GPU"
-    try:
-        with torch.enable_grad():
-            worst = _error(device)
-    except Exception as error:  # not installed, or not for this Python, PyTorch or driver
-        survived("SwiGLU inside its products", error, device)
-        return f"{type(error).__name__}: {error}"
-    return None if worst < _TOLERANCE else f"it is wrong by {worst:.1g}"
+    return hopper_reason("SwiGLU inside its products", device, _error, _TOLERANCE)
 
 
+@torch.enable_grad()
 def _error(device: torch.device) -> float:
     """Measure the largest relative distance (Frobenius norms) of a small product and its gradients from the formula in fp32."""
     draw = torch.Generator(device).manual_seed(0)

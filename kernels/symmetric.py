@@ -11,11 +11,11 @@ Shape legend: B matrices of a batch, M rows and columns of a result, K terms of 
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 
 import torch
 
-from .trial import survived
+from .swiglu import package
+from .trial import hopper_reason
 
 NAME = "symmetric products"
 UNIT = 8
@@ -59,22 +59,7 @@ def unsupported_reason(device: torch.device) -> str | None:
 
     Raises RuntimeError where the trial has left the GPU unusable.
     """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return "it needs a Hopper GPU"
-    try:
-        worst = _error(device)
-    except Exception as error:  # not installed, or not for this Python, PyTorch or driver
-        survived(NAME, error, device)
-        return f"{type(error).__name__}: {error}"
-    return None if worst < _TOLERANCE else f"it is wrong by {worst:.1g}"
-
-
-@functools.cache
-def package() -> ModuleType:
-    """Import quack: seconds, the first time. A package that is not for this machine may raise anything."""
-    from quack import gemm_interface  # pyright: ignore[reportMissingImports]
-
-    return gemm_interface  # pyright: ignore[reportUnknownVariableType]
+    return hopper_reason(NAME, device, _error, _TOLERANCE)
 
 
 def _fits(left_BMK: torch.Tensor, right_BKM: torch.Tensor) -> bool:

@@ -171,7 +171,7 @@ def stage_lines(resolved: ResolvedRun) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Shown:
-    """What is told of a plan.
+    """A plan as it is shown.
 
     found      its prediction; None without a cluster
     notes      remarks on the figures

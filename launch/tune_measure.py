@@ -165,7 +165,7 @@ def trial_samples(config: RunConfig, candidates: Sequence[Candidate]) -> int | N
 
 @dataclass(frozen=True)
 class _Watch:
-    """How a trial is watched. stops: signals that have asked for an end."""
+    """Settings by which a trial is watched. stops: signals that have asked for an end."""
 
     label: str
     status: Status

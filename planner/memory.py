@@ -141,7 +141,7 @@ class Cutter:
 
 @dataclass(frozen=True)
 class OptimizerNeeds:
-    """What an optimizer takes of a rank's memory, on a GPU with Triton.
+    """Needs of an optimizer in a rank's memory, on a GPU with Triton.
 
     state    bytes; None where that is not known before it runs
     fused    whether it takes gradients in the dtype of the computation (`optim.optimizers.parameters.FusedStep`)

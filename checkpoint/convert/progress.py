@@ -1,4 +1,4 @@
-"""How far a conversion has come, told to the command that shows it. Without a listener nothing is told."""
+"""Progress of a conversion, told to the command that shows it. Without a listener nothing is told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which bytes of a step's files hold the values of wanted boxes, and how these lie in them."""
+"""Bytes of a step's files that hold the values of wanted boxes, and the places of the values in them."""
 
 from __future__ import annotations
 

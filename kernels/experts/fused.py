@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import limits
-from ..trial import survived
+from ..trial import hopper_reason
 from . import hopper, operators
 from .logits import router_logits
 
@@ -94,15 +94,12 @@ def unsupported_reason(device: torch.device) -> str | None:
 
     Raises RuntimeError where the trial has left the GPU unusable.
     """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return "it needs a Hopper GPU"
-    try:
-        with torch.enable_grad():
-            worst = trial_error(FusedExperts(), device, torch.bfloat16)
-    except Exception as error:  # not installed, or not for this Python, PyTorch or driver
-        survived("experts' products with what stands around them inside", error, device)
-        return f"{type(error).__name__}: {error}"
-    return None if worst < _TOLERANCE else f"it is wrong by {worst:.1g}"
+    return hopper_reason("experts' products with what stands around them inside", device, _error, _TOLERANCE)
+
+
+def _error(device: torch.device) -> float:
+    with torch.enable_grad():
+        return trial_error(FusedExperts(), device, torch.bfloat16)
 
 
 def trial_error(kernels: FusedExperts, device: torch.device, dtype: torch.dtype) -> float:

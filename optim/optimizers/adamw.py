@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ...kernels.loss import runs_triton
 from ...kernels.rounding import KeptWeight
 from .config import AdamWConfig, base_rate
 from .parameters import NamedParameter, Shards, decay_groups
@@ -17,8 +17,7 @@ FUSED_DEVICES = ("cuda", "cpu")
 
 def have_kernels(weights: Iterable[torch.Tensor]) -> bool:
     """Return whether our own kernels can update these weights: fp32, on a GPU with Triton."""
-    on_gpu = all(weight.is_cuda and weight.dtype == torch.float32 for weight in weights)
-    return on_gpu and importlib.util.find_spec("triton") is not None
+    return all(weight.dtype == torch.float32 and runs_triton(weight) for weight in weights)
 
 
 class AdamW(torch.optim.AdamW):

@@ -17,8 +17,8 @@ import torch
 
 from ...config.problems import ConfigError, Problem
 from ...kernels.code_tables import CodeTable
-from ...kernels.loss import runs_triton
 from ...kernels.rounding import KeptWeight
+from .adamw import have_kernels
 from .config import base_rate
 from .eight_bit_config import LARGEST_BLOCK, AdamW8bitConfig
 from .own_arrays import OwnArray
@@ -98,9 +98,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def fused_step(self) -> bool:
         """True where one kernel does the step of each weight: see `FusedStep`."""
         longest = max((min(self._block, p.tensor.shape[1]) for p in self._parameters if self._coded[p.name]), default=0)
-        weights = [parameter.tensor for parameter in self._parameters]
-        fitting = all(weight.dtype == torch.float32 and runs_triton(weight) for weight in weights)
-        return fitting and longest <= LARGEST_BLOCK
+        return longest <= LARGEST_BLOCK and have_kernels(parameter.tensor for parameter in self._parameters)
 
     @property
     def masked_step(self) -> bool:

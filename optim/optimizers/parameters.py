@@ -113,7 +113,7 @@ class RoundedStep(Protocol):
         ...
 
     kept: Mapping[torch.Tensor, KeptWeight] | None
-    """What the next `step()`, and only that, reads and writes in the place of weights, by weight; None: the weights."""
+    """Numbers that the next `step()`, and only that, reads and writes in the place of weights, by weight; None: the weights."""
 
 
 @runtime_checkable

@@ -58,7 +58,7 @@ def test_both_ways_compute_the_product(halved: bool, quack: list[tuple[int, ...]
 
 
 def on_gpu(*shape: int, dtype: torch.dtype = torch.float16, transposed: bool = False) -> Any:
-    """What is asked of an operand that lies on a GPU."""
+    """The attributes of an operand on a GPU that are looked at."""
     strides = (shape[1] * shape[2], *((1, shape[1]) if transposed else (shape[2], 1)))
     return SimpleNamespace(shape=shape, is_cuda=True, dtype=dtype, stride=lambda: strides)
 
