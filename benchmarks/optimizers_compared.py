@@ -7,7 +7,7 @@
 
 Every run is a `meshloom train` of its own, and all see the same tokens. A sweep begins with three rates, each twice the one
 before. While the best is the lowest or the highest of them, a further rate is tried. The best is then run with more seeds.
-With `seconds` runs follow PLAN instead, one after another, as long as another one fits in, and there is one seed.
+With `seconds` runs follow PLAN instead, one after another, as long as another one fits in; then come more seeds.
 Runs that are there are not run again. Written to the output folder: the runs, table.md and optimizers.png.
 """
 
@@ -122,6 +122,7 @@ SIZES["gpu_short"] = replace(
 PLAN = (
     *(("adamw", 3), ("muon", 2), ("adamw_8bit", 1), ("muon", 3), ("normuon", 1), ("adamw_8bit", 2), ("normuon", 2)),
     *(("apollo", 1), ("frugal", 1), ("soap", 1), ("adamw", 4), ("muon", 4), ("apollo", 2), ("frugal", 2), ("soap", 2)),
+    *(("apollo", 3), ("frugal", 3), ("soap", 3), ("normuon", 3), ("frugal", 4)),
 )
 """(Optimizer, rates that it has been run at) in the order in which they are brought about while there is time."""
 LIKE = {"adamw_8bit": "adamw", "normuon": "muon"}
@@ -330,14 +331,20 @@ def run_plan(found: dict[str, Sweep], folder: Path, seconds: float) -> None:
 
 
 def next_planned(found: dict[str, Sweep]) -> list[str] | None:
-    """Return the command line of the next run of PLAN; None: all are there."""
+    """Return the command line of the next run: by PLAN, then one more seed of each best rate in turn; None: all are there."""
     for name, number in PLAN:
         if name in found and found[name].tried < number:
             model = found.get(LIKE.get(name, ""))
             begin = model.best if model is not None else None
             if (line := found[name].next_line(begin or 0)) is not None:
                 return line
-    return None
+    seeds = [line for sweep in found.values() for line in sweep.pending(finish=True) if not output(line).exists()]
+    return min(seeds, key=seed_of) if seeds else None
+
+
+def seed_of(line: Sequence[str]) -> int:
+    """Read a command line's seed."""
+    return next(int(word.removeprefix("seed=")) for word in line if word.startswith("seed="))
 
 
 def redirect(log: Path) -> None:

@@ -193,5 +193,6 @@ def test_logits_are_products_summed_in_fp32(tokens: int, count: int, dim: int) -
         results.append([y.detach(), *torch.autograd.grad(y, own, gradient.to(y.dtype))])
     assert results[0][0].dtype == torch.float32
     for one, other, true in zip(*results, strict=True):
-        # A matrix unit drops the last bits of each sum: 2e-6 was measured, and bf16 sums would be 2e-3 off.
-        assert far(one, true) < max(2 * far(other, true), 5e-6)
+        # A matrix unit drops the last bits of each sum: 2e-6 was measured, and bf16 sums would be 2e-3 off. A gradient that is
+        # rounded to bf16 then goes to the other neighbour now and then: 2e-4 was measured.
+        assert far(one, true) < (5e-6 if one.dtype == torch.float32 else 5e-4)
