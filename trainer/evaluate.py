@@ -31,13 +31,13 @@ from .build import (
     engine_settings,
     optimizer_factory,
 )
-from .hooks.build import build_evaluation_dealer, validation_share
 from .hooks.evaluation import counted_weights, weighted_mean
 from .resolve import ResolvedRun
 from .resume import refuse_another_tokenizer, restore_weights
 from .resumed_config import KeptNotice
 from .run import prepared_data
 from .schema import RunConfig
+from .validation_samples import evaluation_dealer, validation_share
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def evaluate(resolved: ResolvedRun, *, whole: bool = False) -> EvaluationResult:
     try:
         if mesh.differ(f"{checkpoint} {data.fingerprint}"):
             raise RuntimeError("processes see different checkpoints or data: give all of them the same files")
-        dealer = build_evaluation_dealer(config, mesh.layout, build_dealer(config, mesh.layout, model))
+        dealer = evaluation_dealer(config, mesh.layout, build_dealer(config, mesh.layout, model))
         engine = make_engine(model, mesh, optimizer_factory(config.optim), config.parallel, settings)
         report = restore_weights(engine, mesh, checkpoint)
         counts = [len(part.samples) for part in parts] if whole else samples_of_parts(parts, config.trainer.eval_samples)

@@ -12,20 +12,19 @@ import torch
 
 from ...config.duration import Duration
 from ...config.problems import ConfigError, Problem
-from ...data.assignment import Assigner, Dealer, Share
+from ...data.assignment import Dealer
 from ...data.batch import GlobalBatch
 from ...data.node import DataNode
 from ...data.validation import ValidationPart, samples_of_parts, validation_parts
 from ...models.config import DecoderConfig
 from ...models.protocol import Model
 from ...parallel.engine import Engine
-from ...parallel.layout import Layout
 from ...parallel.mesh import Mesh
 from ..derived import checkpoint_folder
-from ..loop import agree_on_plan
 from ..schema import RunConfig
 from ..tokenizer_settings import beginning_token
 from ..typed import plain_config
+from ..validation_samples import evaluation_dealer, validation_share
 from .base import Hook
 from .evaluation import Evaluation, EvaluationSet
 from .expert_load import WarnOfCollapse
@@ -134,21 +133,6 @@ def build_hook(node: Mapping[str, Any]) -> Hook:
         raise ConfigError([Problem("trainer.hooks", message, "check its keys, and what its constructor needs")]) from error
 
 
-def validation_share(config: RunConfig, mesh: Mesh, dealer: Dealer, part: ValidationPart, batch: GlobalBatch) -> Share:
-    """Load this rank's share of some of a part's validation samples.
-
-    Raises PlansDiffer where ranks deal the part's documents in other ways.
-    """
-    share = dealer.load(part.samples, batch, config.batch.micro_size, mesh.data_rank)
-    agree_on_plan(mesh, share, f"validation set {part.name}" if part.name else "the validation samples")
-    return share
-
-
-def build_evaluation_dealer(config: RunConfig, layout: Layout, dealer: Dealer) -> Dealer:
-    """Build what deals validation samples to the data ranks. dealer: that of the run's global batches."""
-    return dealer if config.parallel.hdp != "none" else Assigner(layout.data_size)
-
-
 def _evaluations(run: HookParts, sets: Sequence[ValidationPart]) -> Iterator[Hook]:
     """Yield the hook that evaluates on the data's validation samples and the named sets, if there are any."""
     every = run.config.trainer.eval_every
@@ -156,7 +140,7 @@ def _evaluations(run: HookParts, sets: Sequence[ValidationPart]) -> Iterator[Hoo
         return
     parts = [*validation_parts(run.data), *sets]
     if parts:
-        dealer = build_evaluation_dealer(run.config, run.mesh.layout, run.dealer)
+        dealer = evaluation_dealer(run.config, run.mesh.layout, run.dealer)
         yield build_evaluation(run.config, parts, run.mesh, dealer, run.mixtures)
     elif every and run.mesh.is_main:
         log.warning("trainer.eval_every: there will be no evaluation, because the data keeps nothing for validation")
