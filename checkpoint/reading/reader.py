@@ -171,9 +171,13 @@ class Reader:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _finish(self, waiting: deque[tuple[Span, Future[None]]], spare: list[Bytes]) -> Iterator[Span]:
-        """Yield the first of the spans that are being read, once it is there and checked."""
-        span, filled = waiting.popleft()
-        filled.result()
+        """Yield the first of the spans that are being read, once it is there and checked.
+
+        A future that has failed and a frame that names it would hold each other, and with them all that the callers have read,
+        until garbage is collected. So it has no name here.
+        """
+        span = waiting[0][0]
+        waiting.popleft()[1].result()
         self._check(span)
         yield span
         spare.append(span.buffer)
@@ -305,8 +309,8 @@ class Reader:
     def _prove(self, number: int, proof: int) -> bytes:
         """The digests of the leaves of the next PROOF_BLOCKS blocks of a file, proved by the manifest's digests of these."""
         if (number, proof) not in self._proved:
-            begun = self._proving.pop((number, proof), None)
-            data = self._read_proof(number, proof) if begun is None else begun.result()
+            begun = (number, proof) in self._proving
+            data = self._proving.pop((number, proof)).result() if begun else self._read_proof(number, proof)  # see `_finish`
             while len(self._proved) >= PROOFS_KEPT:
                 del self._proved[next(iter(self._proved))]
             self._proved[number, proof] = data

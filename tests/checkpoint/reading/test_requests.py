@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -237,6 +239,41 @@ def test_a_read_that_fails_in_flight_ends_all_threads(tmp_path: Path) -> None:
     assert not reading_threads()
     files.bad = 5 * MIB
     assert np.array_equal(reader.read(wanted)[0].view(np.int32), whole.numpy()), "the same reader reads on"
+
+
+@pytest.mark.parametrize("what", ["data", "digests"])
+@pytest.mark.usefixtures("small_spans", "no_collection")
+def test_a_failed_read_leaves_no_memory_to_the_garbage_collection(tmp_path: Path, what: str) -> None:
+    """Another step is tried then, which takes as much."""
+    step, _ = save(tmp_path, (MIB,))
+    files = Failing(step) if what == "data" else LocalFiles(step)
+    manifest = open_step(files)
+    reader = Reader(files, manifest)
+    array = manifest.arrays["weight/w0"]
+    reader.load_indexes([(array, Box.whole(array.shape))])
+
+    def fail() -> weakref.ref[Any]:
+        target = np.empty(array.shape, np.uint32)
+        (items,) = reader.items([(array, Box.whole(array.shape))], [target])
+        with contextlib.suppress(DamageError):
+            for item, buffer, base in reader.fetch(items):
+                item.place(buffer, base)
+            pytest.fail("it did not fail")
+        return weakref.ref(target)
+
+    with contextlib.ExitStack() as broken:
+        if what == "digests":
+            broken.enter_context(_flipped(step / manifest.files[0].leaves, 5))
+            reader._proved.clear()  # those that prove the header would do for all spans
+        assert fail()() is None
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def test_any_columns_of_panels_are_read(tmp_path: Path) -> None:
