@@ -29,7 +29,7 @@ from .manifest import Manifest, StoredArray
 from .memory.tier import Recovery, find_recovery, manifest_of, open_recovery
 from .reading.items import Raw
 from .reading.reader import Reader
-from .reading.shared_reader import SharedReader
+from .reading.shared_reader import PASSED_ON, SharedReader
 from .rebuild import NOTHING_LOST, KindOf, RebuildPlan, RebuiltLayers, agree_on_rebuilding
 
 T = TypeVar("T")
@@ -432,12 +432,16 @@ def _agree(talk: Round, answer: dict[str, Any], strict: bool) -> dict[str, Any]:
 
 
 def _join_answers(messages: Sequence[bytes]) -> bytes:
-    """Join the answers of several ranks: a refusal counts most, then damage; otherwise what none of them has used."""
+    """Join the answers of several ranks: a refusal counts most, then damage; otherwise what none of them has used.
+
+    Of damage it is told what the rank says that has met it.
+    """
     answers: list[dict[str, Any]] = [json.loads(message) for message in messages]
     for kind in ("refused", "damaged"):
-        found = next((answer for answer in answers if kind in answer), None)
-        if found is not None:
-            return json.dumps(found).encode()
+        found = [answer for answer in answers if kind in answer]
+        if found:
+            seen = [answer for answer in found if PASSED_ON not in answer[kind]]
+            return json.dumps([*seen, *found][0]).encode()
     unused = set(answers[0]["unused"]).intersection(*(answer["unused"] for answer in answers[1:]))
     return json.dumps({**answers[0], "unused": sorted(unused)}).encode()
 

@@ -24,6 +24,8 @@ from .items import BATCH_BYTES, Bytes, Raw, ReadItem, needed_leaves
 from .reader import Reader, Span
 
 WINDOW_BYTES = 4 * BATCH_BYTES
+PASSED_ON = "the rank that read it for the others found damage"
+"""Damage as a rank knows it that only heard of it. Another one says what it is."""
 Leaves = np.ndarray[Any, np.dtype[np.bool_]]
 
 
@@ -70,7 +72,8 @@ class SharedReader(Reader):
                 stop = min(start + WINDOW_BYTES, size)
                 if start // WINDOW_BYTES not in windows[number]:
                     continue  # this rank neither needs nor reads anything here; of a header only the first windows count
-                buffer[:BATCH_BYTES] = buffer[WINDOW_BYTES : WINDOW_BYTES + BATCH_BYTES] if start else 0
+                if start:  # else its memory is not touched: most of thousands of ranks' files have one window
+                    buffer[:BATCH_BYTES] = buffer[WINDOW_BYTES : WINDOW_BYTES + BATCH_BYTES]
                 self._exchange(number, start, stop, needs, buffer[BATCH_BYTES:])
                 while at < len(items) and items[at].file == number and items[at].stop <= stop:
                     item = items[at]
@@ -79,7 +82,11 @@ class SharedReader(Reader):
                         yield item, buffer, start - BATCH_BYTES
                     at += 1
         if self._fault is not None:
-            raise self._fault
+            fault, self._fault = self._fault, None
+            try:
+                raise fault
+            finally:
+                del fault  # or it and this frame would hold each other, and all that was read, until garbage is collected
 
     def _needs(self, items: list[ReadItem]) -> dict[int, bytes]:
         """For each file, which leaves this rank needs, packed. items: in the order of their files."""
@@ -130,7 +137,7 @@ class SharedReader(Reader):
             data = message.numpy()
             if data[-1]:
                 label = self.files.label(self.manifest.files[number].title)
-                self._note(DamageError(label, "the rank that read it for the others found damage"))
+                self._note(DamageError(label, PASSED_ON))
             rows[take] = data[:-1].reshape(-1, leaf)
 
     def _read_own(self, number: int, start: int, stop: int, own: Leaves, window: Bytes) -> None:
