@@ -100,6 +100,8 @@ class DeepSpeedEngine:
             self._engine: Any = deepspeed.initialize(
                 model=model, optimizer=self.optimizer, config=derived, dist_init_required=False
             )[0]
+        # Hooks on its own weights hold it for ever otherwise, and a stage or a rewind builds another engine beside it.
+        mesh.before_closing.append(self._engine.destroy)
         if quantised:
             check_quantisable(model, self._ranks)
         self._state = state_of(self._engine, self.optimizer, parallel.zero)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ...config.problems import ConfigError, Problem
+from ...optim.optimizers.adamw import AdamW
 from ...optim.optimizers.own_arrays import HoldsOwnArrays
 from ...optim.optimizers.parameters import AveragesWeights, NamedParameter, WholeMatrices
 from ..engine import OptimizerFactory
@@ -135,11 +136,13 @@ def updates_elementwise(make_optimizer: OptimizerFactory) -> bool:
 def cpu_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Make DeepSpeed's CPU Adam with the groups and hyper-parameters of an AdamW. Compiled on first use (a minute or more).
 
-    Raises ConfigError when the optimizer is another one, or when the extension can't be compiled, saying what is missing.
+    Raises ConfigError when the optimizer is another one, as a subclass is, which may update otherwise, or when the extension
+    can't be compiled, saying what is missing.
     """
     key = "parallel.deepspeed.cpu_adam"
-    if not isinstance(optimizer, torch.optim.AdamW):
-        name = type(optimizer).__name__
+    others = [name for name in ("amsgrad", "maximize") if optimizer.defaults.get(name)]
+    if type(optimizer) not in (AdamW, torch.optim.AdamW) or others:
+        name = " ".join([type(optimizer).__name__, *(f"with {other}" for other in others)])
         raise ConfigError(
             [Problem(key, f"CPU Adam does the update of AdamW, not of {name}", "use optim=adamw, or leave it out")]
         )
@@ -147,8 +150,9 @@ def cpu_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     from deepspeed.ops.adam import DeepSpeedCPUAdam  # pyright: ignore[reportMissingImports]
 
     defaults: dict[str, Any] = optimizer.defaults
+    own = ("params", "names", "lr", "betas", "eps", "weight_decay", "lr_scale")
     return DeepSpeedCPUAdam(
-        [{key: group[key] for key in ("params", "names", "weight_decay", "lr_scale")} for group in optimizer.param_groups],
+        [{key: group[key] for key in own if key in group} for group in optimizer.param_groups],
         lr=defaults["lr"],
         betas=defaults["betas"],
         eps=defaults["eps"],

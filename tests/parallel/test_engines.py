@@ -340,9 +340,16 @@ def test_elementwise_optimizers_pass_and_others_are_refused() -> None:
     assert "state of another shape" in str(optimizer_problems(Twofold)[0])
 
 
+class Cautious(torch.optim.AdamW):
+    """A user's own, with another update."""
+
+
 def test_cpu_adam_is_for_adamw_only() -> None:
-    with pytest.raises(ConfigError, match=r"parallel\.deepspeed\.cpu_adam"):
-        cpu_adam(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    others = torch.optim.SGD(weights), Cautious(weights), torch.optim.AdamW(weights, amsgrad=True)
+    for other, named in zip(others, ("SGD", "Cautious", "AdamW with amsgrad"), strict=True):
+        with pytest.raises(ConfigError, match=rf"parallel\.deepspeed\.cpu_adam: .* not of {named}"):
+            cpu_adam(other)
 
 
 def test_all_imports_without_the_extra_and_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
