@@ -21,7 +21,7 @@ class GroupSchemas:
     def __init__(self, options: Mapping[str, Sequence[type]]) -> None:
         """options: group → the schemas of its options."""
         self._options = options
-        self.run = run_schema()  # the store gives out a copy each time, which takes a hundredth of a second
+        self.run = run_schema()
 
     def __contains__(self, group: str) -> bool:
         return group in self._options

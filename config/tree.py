@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ SCHEMA = "schema"
 """Name in Hydra's ConfigStore of the dataclass of the whole config, which `trainer/schema.py` registers."""
 
 
+@functools.cache  # the store copies the whole schema for each look at it
 def run_schema() -> type:
     """Return the dataclass of the whole config."""
     kind = OmegaConf.get_type(ConfigStore.instance().load(f"{SCHEMA}.yaml").node)

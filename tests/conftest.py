@@ -12,12 +12,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from hydra.core.config_store import ConfigStore
 from hypothesis import HealthCheck, settings
 
 from meshloom.checkpoint import faults
 from meshloom.checkpoint.memory.keeper import dismiss, registered
 from meshloom.trainer.schema import make_composer
+from support.composing import share_compositions
 from support.tiny_run import TINY
 
 torch.set_num_threads(1)
@@ -26,8 +26,7 @@ torch.set_num_threads(1)
 settings.register_profile("everywhere", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("everywhere")
 
-# Hydra copies all schemas before each composition, which takes as long as the rest of it. Nothing writes to the copy.
-ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
+share_compositions()
 
 MOST_WORKERS = 8  # each imports torch, and forks up to eight ranks
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -122,6 +123,12 @@ def typed_node(group: str, node: dict[str, Any]) -> Any:
     return found
 
 
+@functools.cache
+def _schema(kind: type) -> DictConfig:
+    """Return the schema of a dataclass, for merges, which leave it as it is."""
+    return structured(kind)
+
+
 def _typed_node(group: str, node: dict[str, Any], problems: list[Problem]) -> Any:
     """Return a node as its option's dataclass, or the group's for a user's class; None, with a problem, for wrong types.
 
@@ -132,7 +139,7 @@ def _typed_node(group: str, node: dict[str, Any], problems: list[Problem]) -> An
     kind = kind or CUSTOM[group]
     known = {field.name for field in dataclasses.fields(kind) if field.metadata.get("key", True)}
     try:
-        merged = OmegaConf.merge(structured(kind), literal({k: v for k, v in node.items() if k in known}))
+        merged = OmegaConf.merge(_schema(kind), literal({k: v for k, v in node.items() if k in known}))
         values = {k: v for k, v in typing.cast(Any, OmegaConf.to_container(merged, resolve=True)).items() if k in known}
     except OmegaConfBaseException as error:
         lines = [line.strip() for line in str(error).splitlines()]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from meshloom.config.compose import Composer
 from meshloom.config.fixes import near_miss
@@ -197,6 +198,16 @@ def test_sweep_over_what_a_group_offers_and_over_no_list(composer: Composer) -> 
     assert jobs == [["schedule=wsd", "seed=1"], ["schedule=wsd", "seed=2"]]
     with pytest.raises(ConfigError, match="seed: an interval has no list of values"):
         composer.expand(["seed=interval(0,1)"])
+
+
+def test_a_composition_shares_nothing_with_the_next() -> None:
+    """All tests compose with what `share_compositions` has kept: none may see what another has changed."""
+    words = ["recipe=quickstart", "++parallel.deepspeed.config={a: [1]}"]
+    first = make_composer().compose(words).config
+    whole = OmegaConf.to_container(first)
+    first.parallel.deepspeed.config.a.append(2)
+    first.seed, first.optim.lr = 77, 0.5
+    assert OmegaConf.to_container(make_composer().compose(words).config) == whole != OmegaConf.to_container(first)
 
 
 def test_composing_leaves_hydra_as_it_was(composer: Composer) -> None:

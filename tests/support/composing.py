@@ -1,0 +1,60 @@
+"""Compositions of configs that share what Hydra would do anew for each: it takes as long as most tests do besides."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+
+
+def share_compositions() -> None:
+    """Have Hydra read each recipe, merge each choice of them and parse each override once in this process and its forks.
+
+    Command lines that choose the same recipes start from copies of one merged config; their values are put in as ever. A
+    user's folder is read anew each time, as its files may change.
+    """
+    ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]  # nothing writes to the copy
+    parse, load = OverridesParser.parse_rule, ConfigRepository.load_config
+    merge = ConfigLoaderImpl._compose_config_from_defaults_list
+    parsed, loaded, merged = dict[str, Override](), dict[Any, Any](), dict[Any, Any]()
+
+    def parse_once(self: OverridesParser, s: str, rule_name: str) -> Any:
+        if rule_name != "override":
+            return parse(self, s, rule_name)
+        if s not in parsed:
+            parsed[s] = parse(self, s, rule_name)
+        return copy.copy(parsed[s])
+
+    def load_once(self: ConfigRepository, config_path: str) -> Any:
+        key = _sources(self)
+        if key is None:
+            return load(self, config_path)
+        if (key, config_path) not in loaded:
+            loaded[key, config_path] = load(self, config_path)
+        return loaded[key, config_path]
+
+    def merge_once(self: ConfigLoaderImpl, defaults: Any, repo: Any) -> Any:
+        sources = _sources(repo)
+        if sources is None:
+            return merge(self, defaults, repo)
+        key = (sources, tuple(map(repr, defaults)))
+        if key not in merged:
+            fresh = CachingConfigRepository(repo.delegate)  # the merged config takes the nodes that are read here
+            fresh.delegate.load_config = load.__get__(fresh.delegate)  # type: ignore[method-assign]
+            merged[key] = merge(self, defaults, fresh)
+        return copy.deepcopy(merged[key])
+
+    OverridesParser.parse_rule = parse_once  # type: ignore[method-assign]
+    ConfigRepository.load_config = load_once  # type: ignore[method-assign]
+    ConfigLoaderImpl._compose_config_from_defaults_list = merge_once  # type: ignore[method-assign]
+
+
+def _sources(repo: Any) -> tuple[str, ...] | None:
+    """Return where a repository reads; None if one of its places may change."""
+    sources = repo.get_sources()
+    return None if any(each.scheme() == "file" for each in sources) else tuple(each.full_path() for each in sources)
