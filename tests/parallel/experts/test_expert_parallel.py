@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def work(micro: int, experts: dict[str, Any], balance: dict[str, Any], activatio
     parallel = ParallelConfig(**{key: value for key, value in settings.items() if key not in fields})
     model = (("experts", experts), ("layers", 4 if parallel.pp > 1 else 2))
     balances = tuple(balance.items())
+    of_work = {"samples": 4 if parallel.pp > 1 else 8, **of_work}
     return Work(parallel, micro, steps=2, lr=2e-3, activation=activation, model=model, balance=balances, **of_work)
 
 
@@ -65,18 +67,21 @@ def test_experts_on_other_ranks_train_the_same_run(name: str) -> None:
     assert found.worst < TOLERANCE, found
 
 
-def held(rank: int, world_size: int, work: Work) -> list[tuple[str, int, tuple[int, ...]]]:
-    """This rank's weights of experts: name, rows of the whole, and box's shape."""
-    fragments = build(work, world_size).fragments()
-    experts = [each for each in fragments if ".experts." in each.name]
-    return [(each.name, each.global_shape[0], each.box.shape) for each in experts]
+def held(rank: int, world_size: int, works: Sequence[Work]) -> list[list[tuple[str, int, tuple[int, ...]]]]:
+    """This rank's weights of experts of each work: name, rows of the whole, and box's shape."""
+    found: list[list[tuple[str, int, tuple[int, ...]]]] = []
+    for each in works:
+        experts = [fragment for fragment in build(each, world_size).fragments() if ".experts." in fragment.name]
+        found.append([(fragment.name, fragment.global_shape[0], fragment.box.shape) for fragment in experts])
+    return found
 
 
-@pytest.mark.parametrize(("zero", "rows"), [(0, 4 * 7), (1, 2 * 7), (3, 2 * 7)])
-def test_a_rank_holds_its_part_of_its_own_experts_only(zero: int, rows: int) -> None:
-    for mine in run_ranks(RANKS, held, work(1, EXPERTS, PAST, ep=2, zero=zero)):
-        assert ("layers.1.ffn.experts.w1", 8 * 7, (rows, 24)) in mine
-        assert len(mine) == 2 * 3
+def test_a_rank_holds_its_part_of_its_own_experts_only() -> None:
+    rows = {0: 4 * 7, 1: 2 * 7, 3: 2 * 7}  # by ZeRO stage
+    for mine in run_ranks(RANKS, held, [work(1, EXPERTS, PAST, ep=2, zero=zero) for zero in rows]):
+        for (zero, count), weights in zip(rows.items(), mine, strict=True):
+            assert ("layers.1.ffn.experts.w1", 8 * 7, (count, 24)) in weights, zero
+            assert len(weights) == 2 * 3, zero
 
 
 def test_capacity_drops_the_same_tokens_wherever_experts_are() -> None:
@@ -85,7 +90,13 @@ def test_capacity_drops_the_same_tokens_wherever_experts_are() -> None:
     assert there[0] == pytest.approx(here[0], rel=TOLERANCE) and there[1] == pytest.approx(here[1], rel=TOLERANCE)
 
 
-def travelled(rank: int, world_size: int, choices: list[list[list[int]]], capacity: float | None) -> float:
+def all_travelled(rank: int, world_size: int) -> dict[tuple[str, float | None], float]:
+    return {
+        (name, capacity): travelled(rank, choices, capacity) for name, choices in CHOICES.items() for capacity in (None, 0.5)
+    }
+
+
+def travelled(rank: int, choices: list[list[list[int]]], capacity: float | None) -> float:
     """The largest difference of outputs and gradients from those with all experts here. Experts multiply by a number."""
     choice_TK = torch.tensor(choices[rank])
     draw = torch.Generator().manual_seed(rank)
@@ -107,17 +118,17 @@ def travelled(rank: int, world_size: int, choices: list[list[list[int]]], capaci
     return max(float((one - other).abs().max()) for one, other in zip(found[:3], found[3:], strict=True))
 
 
-@pytest.mark.parametrize("capacity", [None, 0.5])
-@pytest.mark.parametrize(
-    "choices",
-    [
-        [[[0, 3], [2, 1], [3, 2]], [[1, 0], [3, 0], [2, 3]]],
-        [[[0, 1]] * 3, [[1, 0]] * 3],  # the second rank's experts get no token, and it none back from itself
-        [[[2, 3]] * 3, [[0, 1]]],  # all tokens leave their rank
-    ],
-)
-def test_tokens_travel_to_any_expert_and_back(choices: list[list[list[int]]], capacity: float | None) -> None:
-    assert max(run_ranks(2, travelled, choices, capacity, timeout=60.0)) < 1e-14
+CHOICES = {
+    "mixed": [[[0, 3], [2, 1], [3, 2]], [[1, 0], [3, 0], [2, 3]]],
+    "the second rank's experts get no token, and it none back from itself": [[[0, 1]] * 3, [[1, 0]] * 3],
+    "all tokens leave their rank": [[[2, 3]] * 3, [[0, 1]]],
+}
+
+
+def test_tokens_travel_to_any_expert_and_back() -> None:
+    """With all of their choices, and with those that a capacity leaves."""
+    for found in run_ranks(2, all_travelled, timeout=60.0):
+        assert {case: difference for case, difference in found.items() if not difference < 1e-14} == {}
 
 
 COLLAPSED = {"count": 8, "top_k": 2, "ffn_dim": 7, "scores": "sigmoid", "bias": True}

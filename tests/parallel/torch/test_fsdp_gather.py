@@ -72,8 +72,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("ranks", LAYOUTS)
 def test_weights_and_losses_are_bit_equal_to_fsdps_own_cast(ranks: int) -> None:
-    model = (("layers", ranks),)
-    works = [Work(layout, micro=1, steps=2, precision="bf16", model=model) for layout in LAYOUTS[ranks].values()]
+    works = [
+        Work(layout, micro=1 if layout.pp > 1 else 2, steps=2, precision="bf16", model=(("layers", 2 * layout.pp),))
+        for layout in LAYOUTS[ranks].values()
+    ]
     for each in run_ranks(ranks, of_works, [(work, own) for work in works for own in (False, True)]):
         for layout, ours, theirs in zip(LAYOUTS[ranks], each[::2], each[1::2], strict=True):
             assert ours[:3] == theirs[:3], layout
@@ -85,7 +87,19 @@ def test_weights_and_losses_are_bit_equal_to_fsdps_own_cast(ranks: int) -> None:
             assert ours[4] > 0 == theirs[4], layout
 
 
-def of_a_changed_fsdp(rank: int, world_size: int, change: str) -> tuple[bool, list[str], list[float]]:
+CHANGES = ("another rule", "another name", "none")
+
+
+def of_changed_fsdps(rank: int, world_size: int) -> list[tuple[bool, list[str], list[float]]]:
+    """What `of_a_changed_fsdp` finds after each change."""
+    found: list[tuple[bool, list[str], list[float]]] = []
+    for change in CHANGES:
+        with pytest.MonkeyPatch.context() as patch:
+            found.append(of_a_changed_fsdp(world_size, change, patch))
+    return found
+
+
+def of_a_changed_fsdp(world_size: int, change: str, patch: pytest.MonkeyPatch) -> tuple[bool, list[str], list[float]]:
     """Losses where FSDP2 is not as we know it: whether our cast was used, and what was said about it."""
     said: list[str] = []
 
@@ -93,7 +107,7 @@ def of_a_changed_fsdp(rank: int, world_size: int, change: str) -> tuple[bool, li
         def emit(self, record: logging.LogRecord) -> None:
             said.append(record.getMessage())
 
-    fsdp_gather.log.addHandler(Kept())
+    patch.setattr(fsdp_gather.log, "handlers", [Kept()])
     fsdp_gather.log.setLevel(logging.DEBUG)
 
     def always_makes_some(self: Any, numels: list[int], dtypes: list[torch.dtype], ways: int, device: torch.device) -> None:
@@ -109,18 +123,17 @@ def of_a_changed_fsdp(rank: int, world_size: int, change: str) -> tuple[bool, li
     )
     FSDPParam.init_all_gather_outputs = known  # type: ignore[method-assign]
     if not used:
-        fully_sharded.can_set_gather_dtype = lambda *_: False
+        patch.setattr(fully_sharded, "can_set_gather_dtype", lambda *_: False)
     _, losses, _ = train(Work(ParallelConfig(zero=3), micro=1, steps=2, precision="bf16"), world_size)
     return used, said, losses
 
 
-@pytest.mark.parametrize("change", ["another rule", "another name"])
-def test_an_fsdp_that_has_changed_casts_in_its_own_way(change: str) -> None:
-    ((used, said, losses), _) = run_ranks(2, of_a_changed_fsdp, change)
-    assert not used and len(said) == 1 and said[0].startswith("FSDP2 casts weights in a pass of its own")
-    ((used, said, expected), _) = run_ranks(2, of_a_changed_fsdp, "none")
+def test_an_fsdp_that_has_changed_casts_in_its_own_way() -> None:
+    (*changed, (used, said, expected)), _ = run_ranks(2, of_changed_fsdps)
     assert used and not said
-    assert losses == expected
+    for change, (used, said, losses) in zip(CHANGES, changed, strict=False):
+        assert not used and len(said) == 1 and said[0].startswith("FSDP2 casts weights in a pass of its own"), change
+        assert losses == expected, change
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
