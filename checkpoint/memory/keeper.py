@@ -16,7 +16,7 @@ from ..errors import CheckpointError
 from ..folder import KEEPERS
 from ..saving.staging import StagingBuffer
 from ..writing.handover import Giver
-from .wire import Address, Connection, receive_line, send
+from .wire import Address, Connection, own_host, receive_line, send
 
 PATIENCE_HOURS = 1.0
 EXIT_SECONDS = 10.0
@@ -31,7 +31,7 @@ class Keeper:
     def __init__(self, folder: Path, slot: int, timeout: float) -> None:
         self._timeout = timeout
         self._stuck = False
-        secret = secrets.token_hex(16)
+        secret, host = secrets.token_hex(16), own_host()
         here, there = socket.socketpair()
         arguments = [str(there.fileno()), str(slot), str(PATIENCE_HOURS)]
         # It is deliberately not waited for: it goes on when this process ends.
@@ -48,11 +48,11 @@ class Keeper:
         self._link = here
         self._giver = Giver(here)
         with contextlib.suppress(CheckpointError):  # it ended at once, which its answer tells
-            self._send({"secret": secret})
+            self._send({"secret": secret, "host": host})
         hello = self._receive()
         if hello is None:
             raise CheckpointError(f"the keeper process of rank {slot} did not start (exit code {self._process.wait()})")
-        self.address = Address(hello["host"], hello["port"], secret, slot)
+        self.address = Address(host, hello["port"], secret, slot)
         self._entry = folder / KEEPERS / f"{slot:05d}-{secrets.token_hex(4)}.json"
         self._entry.parent.mkdir(exist_ok=True)
         fresh = self._entry.with_suffix(".new")

@@ -25,7 +25,7 @@ from ..faults import install_from_environment, reach
 from ..writing.handover import Taker
 from .hashing import leaf_digests_by_many
 from .parity import span_of
-from .wire import GREETING_SECONDS, PIECE, Address, Connection, greet, own_host, receive_into, receive_line, send
+from .wire import GREETING_SECONDS, PIECE, Address, Connection, greet, receive_into, receive_line, send
 
 MOST_STRANGERS = 64  # connections that have not proved themselves yet
 MOST_PEERS = 1024
@@ -54,7 +54,8 @@ def hashers() -> int:
 class KeeperServer:
     """The versions, and what can be asked about them."""
 
-    def __init__(self, slot: int, secret: str) -> None:
+    def __init__(self, slot: int, secret: str, host: str) -> None:
+        """host: this one's address, on which it listens."""
         self.slot = slot
         self.secret = secret
         self.versions: dict[str, Version] = {}
@@ -62,8 +63,7 @@ class KeeperServer:
         self._changed = threading.Condition()
         self._strangers = threading.BoundedSemaphore(MOST_STRANGERS)
         self._peers = threading.BoundedSemaphore(MOST_PEERS)
-        self.host = own_host()
-        self._listener = socket.create_server((self.host, 0), backlog=MOST_PEERS)
+        self._listener = socket.create_server((host, 0), backlog=MOST_PEERS)
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -256,8 +256,8 @@ def main() -> None:
     first = receive_line(link)  # the secret comes this way because arguments and environment are for others to read
     if first is None:
         return
-    server = KeeperServer(slot, first["secret"])
-    send(link, {"host": server.host, "port": server.port})
+    server = KeeperServer(slot, first["secret"], first["host"])
+    send(link, {"port": server.port})
     serve_trainer(server, link, hours * 3600)
 
 

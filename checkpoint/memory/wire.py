@@ -20,6 +20,8 @@ from ..errors import CheckpointError
 PIECE = 4 * 2**20
 STRANGER = "this is nobody who speaks to keepers"  # but has the port that one had once
 LINE_BYTES = 16 * 2**20  # room for the digests of 7 TB
+LOOPBACK = "127.0.0.1"
+ELSEWHERE = "10.255.255.255"  # for a look at the default route
 GREETING_BYTES = 1024  # of a line before the other side has proved itself
 GREETING_SECONDS = 5.0  # for all of its proof
 
@@ -162,11 +164,40 @@ def receive_into(link: socket.socket, target: memoryview) -> None:
 
 
 def own_host() -> str:
-    """The address under which other nodes reach this one: of the interface that leads to MASTER_ADDR."""
+    """The address under which other hosts reach this one: of the interface that leads to MASTER_ADDR.
+
+    On the master itself that may be the loopback, where its name stands for 127.0.1.1 in /etc/hosts. With several hosts the
+    interface of the default route is taken then. Raises CheckpointError if there is none.
+    """
     master = os.environ.get("MASTER_ADDR", "localhost")
+    found = _interface_to(master)
+    if master == "localhost" or _is_loopback(master) or not _has_other_hosts():  # all ranks have met on this host
+        return found or LOOPBACK
+    if _is_loopback(found):
+        found = _interface_to(ELSEWHERE)
+    if _is_loopback(found):
+        raise CheckpointError(
+            f"{socket.gethostname()}: no address is found under which other hosts reach the keeper of this rank's snapshots;"
+            " set MASTER_ADDR to the first host's address in the network that all of them share"
+        )
+    return found
+
+
+def _interface_to(host: str) -> str:
+    """Return the address of this host's interface that leads to another host; empty if none does."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((master, 9))  # nothing is sent
-            return probe.getsockname()[0]
+            probe.connect((host, 9))  # nothing is sent
+            return str(probe.getsockname()[0])
     except OSError:
-        return "127.0.0.1"
+        return ""
+
+
+def _is_loopback(address: str) -> bool:
+    return not address or address.startswith("127.")
+
+
+def _has_other_hosts() -> bool:
+    """Return whether ranks of this run are on other hosts, as its launcher has said."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return ranks > int(os.environ.get("LOCAL_WORLD_SIZE", ranks))

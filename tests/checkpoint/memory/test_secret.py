@@ -25,8 +25,8 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Address:
     """A keeper's server in this process, with little patience and one stranger at a time."""
     monkeypatch.setattr(wire, "GREETING_SECONDS", 0.3)
     monkeypatch.setattr(keeper_main, "MOST_STRANGERS", 1)
-    server = KeeperServer(0, "secret")
-    return Address(server.host, server.port, server.secret, 0)
+    server = KeeperServer(0, "secret", own_host())
+    return Address(own_host(), server.port, server.secret, 0)
 
 
 @contextlib.contextmanager
@@ -67,6 +67,31 @@ def test_it_listens_on_one_interface(address: Address) -> None:
     assert address.host == own_host() == "127.0.0.1"
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.2", address.port), 5.0)
+
+
+@pytest.mark.parametrize(
+    ("master", "other_hosts", "chosen"),
+    [
+        ("node-7", True, "10.1.2.3"),
+        ("node-7", False, "127.0.0.1"),
+        ("localhost", True, "127.0.0.1"),
+        ("node-8", True, "10.1.2.4"),
+    ],
+)
+def test_the_master_does_not_listen_on_the_loopback_for_other_hosts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, master: str, other_hosts: bool, chosen: str
+) -> None:
+    """node-7, this host, stands for 127.0.1.1 in its /etc/hosts."""
+    interfaces = {"node-7": "127.0.0.1", "localhost": "127.0.0.1", "node-8": "10.1.2.4", wire.ELSEWHERE: "10.1.2.3"}
+    monkeypatch.setattr(wire, "_interface_to", lambda host: interfaces.get(host, ""))
+    monkeypatch.setenv("MASTER_ADDR", master)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2" if other_hosts else "4")
+    assert own_host() == chosen
+    del interfaces[wire.ELSEWHERE]
+    if chosen == "10.1.2.3":
+        with pytest.raises(CheckpointError, match="no address is found under which other hosts reach"):
+            Keeper(tmp_path, 0, 1.0)
 
 
 def test_a_stranger_to_the_secret_is_sent_away(address: Address) -> None:
