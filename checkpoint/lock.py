@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 LOCK_SECONDS = 120.0
+SILENT_SECONDS = 5.0
+"""Time after which who waits for the folder is told so."""
 HERE = "in this very process"
 TAKEN = (errno.EAGAIN, errno.EACCES)
 _locked: set[Path] = set()
@@ -70,7 +72,8 @@ class FolderLock:
 
     def _take(self) -> int:
         """Lock the file, and return its descriptor."""
-        deadline = time.monotonic() + LOCK_SECONDS
+        began = time.monotonic()
+        told = False
         while True:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -85,8 +88,15 @@ class FolderLock:
                     log.warning("%s: %s (%s); see to it that no other run uses the folder", self._folder, none, error)
                     return self._signed(file)
                 os.close(file)
-                if _is_here(holder) or time.monotonic() > deadline:
+                waited = time.monotonic() - began
+                if _is_here(holder) or waited > LOCK_SECONDS:
                     raise HeldError(refusal(self._folder, self._doing, holder)) from error
+                if waited > SILENT_SECONDS and not told:
+                    told = True
+                    log.warning(
+                        "%s: %s is %s into this folder; waiting %.0f s more to see whether it is still there",
+                        self._folder, holder or "another run", self._doing, LOCK_SECONDS - waited,
+                    )  # fmt: skip
                 time.sleep(1.0)
             else:
                 if self._is_in_place(file):

@@ -227,9 +227,4 @@ def _open(path: Path, flags: int) -> tuple[int, bool]:
 
 def _extend(image: memoryview, padded: int) -> memoryview:
     """The same memory up to the next page boundary. The staging buffer behind an image always ends on one."""
-    whole = memoryview(image.obj).cast("B") if isinstance(image.obj, mmap.mmap) else None
-    if whole is None or len(whole) < padded:
-        copy = mmap.mmap(-1, max(padded, PAGE))
-        copy[: len(image)] = image
-        return memoryview(copy)[:padded]
-    return whole[:padded]
+    return memoryview(image.obj).cast("B")[:padded]

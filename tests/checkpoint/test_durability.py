@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_ranks_file_is_on_the_disk_when_its_writer_says_so(tmp_path: Path, events: list[str]) -> None:
-    write_image(memoryview(bytearray(5000)), tmp_path / "data", tmp_path / "leaves", lambda _: None)
+    write_image(memoryview(mmap.mmap(-1, 8192))[:5000], tmp_path / "data", tmp_path / "leaves", lambda _: None)
     assert events[-1] == f"sync {tmp_path.name}"
     assert {"sync data", "sync leaves"} <= set(events[:-1])
 

@@ -74,7 +74,10 @@ def hold(tmp_path: Path) -> Generator[Callable[[int, int], Holder]]:
 
 
 def test_a_later_start_takes_the_folder_from_a_frozen_one(
-    tmp_path: Path, hold: Callable[[int, int], Holder], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    hold: Callable[[int, int], Holder],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     frozen = hold(1, 3)
     frozen.process.send_signal(signal.SIGSTOP)
@@ -85,6 +88,14 @@ def test_a_later_start_takes_the_folder_from_a_frozen_one(
         with pytest.raises(HeldError) as caught:
             FolderLock(tmp_path)
         assert name in str(caught.value)
+    with monkeypatch.context() as elsewhere, pytest.raises(HeldError):
+        elsewhere.setattr(lock_module.socket, "gethostname", lambda: "another machine")
+        elsewhere.setattr(lock_module, "LOCK_SECONDS", 1.2)
+        elsewhere.setattr(lock_module, "SILENT_SECONDS", 0.5)
+        elsewhere.setenv(FENCE, str(Fence("launch-2", 9, 9)))
+        FolderLock(tmp_path)
+    (said,) = caplog.messages
+    assert f"{name} is saving into this folder; waiting 0 s more" in said
     monkeypatch.setenv(FENCE, str(Fence("launch-1", 2, 3)))
     assert holder_of(tmp_path) is None
     lock = FolderLock(tmp_path)
