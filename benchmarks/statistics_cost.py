@@ -109,8 +109,8 @@ def main() -> None:
         data.prepare()
         mesh = Mesh.connect(Layout.plan(config.parallel, 1), pick_device())
         run = build_run(config, {}, data, mesh)
-        loop, samples, micro = run.loop, int(config.batch.samples), int(config.batch.micro)
-        loop.controller = controller = Switched(Horizon(Duration(100_000, Unit.STEPS), data.seq_len), micro, samples)
+        loop, samples, micro = run.loop, config.batch.start, config.batch.micro_size
+        loop.controller = controller = Switched(config.batch, Horizon(Duration(100_000, Unit.STEPS), data.seq_len))
         for hook in loop.hooks:
             hook.on_run_begin(loop)
         for measuring in (False, True):
