@@ -121,7 +121,7 @@ def fused_and_plain(rank: int, world_size: int) -> dict[str, tuple[Any, Any, set
     """By layout: the curves of plain blocks, of fused ones, and which kernels ran."""
     found: dict[str, tuple[Any, Any, set[str]]] = {}
     for name, parallel in LAYOUTS.items():
-        work = Work(parallel, steps=2, lr=2e-3, model=(("layers", 4), ("tied", True)))
+        work = Work(parallel, 2, steps=2, lr=2e-3, model=(("layers", 4), ("tied", True)))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(norm.FusedNorm, "fits", lambda *_: False)
             plain = curves(rank, world_size, work)

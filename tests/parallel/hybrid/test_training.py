@@ -31,7 +31,7 @@ TOLERANCE = 1e-9
 
 def work(
     tokens: int,
-    samples: int = 8,
+    samples: int = 5,
     documents: bool = True,
     model: tuple[Any, ...] = (),
     balance: tuple[Any, ...] = (),
