@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.convert.hugging_face.folder import open_folder
 from meshloom.checkpoint.convert.hugging_face.reading import fill
+from meshloom.checkpoint.errors import DamageError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
 from meshloom.checkpoint.reading.compare import read_array
@@ -24,6 +26,7 @@ from meshloom.models.families.llama import Llama
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment
 from support.models import decoder
+from support.ranks import run_ranks
 
 SHAPE: dict[str, Any] = {"dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 12, "vocabulary": 29}
 
@@ -92,3 +95,33 @@ def test_any_box_is_read_by_itself(tmp_path: Path, saved: dict[str, torch.Tensor
     for name, box, found in wanted:
         assert torch.equal(found, saved[name][box.slices()].double()), (name, box)
     assert 0 < traffic.wanted < sum(value.nbytes for value in saved.values())
+
+
+def fill_after_damage(rank: int, _: int, theirs: Path) -> str:
+    """Body for `run_ranks`: rank 0 wants nothing of the first file, which rank 1 shortens before it reads all. The error."""
+    folder = open_folder(theirs)
+
+    def read_from(name: str) -> set[int]:
+        found = ((folder.tensors[placed.part.name], placed.region(placed.box)) for placed in folder.placed[name])
+        return {array.boxes[0].file for tensor, region in found for array, _ in tensor.sources(region)}
+
+    shapes = {array.name: array.shape for array in folder.manifest.arrays.values()}
+    wanted = [
+        (name, Box.whole(shape), torch.zeros(shape)) for name, shape in shapes.items() if rank or 0 not in read_from(name)
+    ]
+    assert wanted
+    dist.barrier()
+    if rank:
+        first = theirs / folder.stored.files[0].title
+        first.write_bytes(first.read_bytes()[:-1000])
+    dist.barrier()
+    try:
+        fill(folder, wanted, dist.group.WORLD)
+    except DamageError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_that_meets_damage_keeps_nobody_waiting(tmp_path: Path, saved: dict[str, torch.Tensor]) -> None:
+    sound, damaged = run_ranks(2, fill_after_damage, tmp_path / "theirs", timeout=30.0)
+    assert sound == "" and "model-00001-of" in damaged
