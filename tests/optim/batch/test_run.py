@@ -49,7 +49,7 @@ def rows_of(folder: str) -> list[dict[str, Any]]:
     return [{key: row[key] for key in ROW if key in row} for row in rows if "loss" in row]
 
 
-LONG = 16 * 8 * 30
+LONG = 16 * 8 * 24
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,6 @@ def test_the_batch_grows_and_the_rate_with_it(alone: list[dict[str, Any]]) -> No
     [
         (2, ["parallel.zero=1"]),
         (3, ["parallel.zero=2"]),
-        (4, ["parallel.zero=3"]),
         (4, ["parallel.zero=2", "parallel.replicate=2"]),
         (2, ["parallel.zero=3", "parallel.cp=2"]),
     ],
@@ -84,7 +83,7 @@ def test_the_batch_grows_and_the_rate_with_it(alone: list[dict[str, Any]]) -> No
 def test_other_layouts_measure_and_grow_alike(
     alone: list[dict[str, Any]], tmp_path: Path, world_size: int, layout: list[str]
 ) -> None:
-    """No size has to divide by the number of ranks, and `batch.multiple` is not set."""
+    """No size has to divide by the number of ranks, and `batch.multiple` is not set. The stopped run below is ZeRO-3."""
     assert any(row["batch_samples"] % (2 * world_size) for row in alone)
     same(run_ranks(world_size, trained, str(tmp_path), LONG, layout)[0], alone)
 
@@ -132,13 +131,13 @@ def counted(rank: int, world_size: int, folder: str, tokens: int, extra: list[st
 
 def test_micro_batches_grow_without_changing_the_run(tmp_path: Path) -> None:
     """Sizes 8, 16, 32 in micro-batches of 2: with micro_max a step keeps the four that the run starts with, and its loss."""
-    plain, ones = run_ranks(1, counted, str(tmp_path / "plain"), 16 * 8 * 30, [])[0]
-    grown, fewer = run_ranks(1, counted, str(tmp_path / "grown"), 16 * 8 * 30, ["batch.micro_max=4"])[0]
+    plain, ones = run_ranks(1, counted, str(tmp_path / "plain"), 16 * 8 * 20, [])[0]
+    grown, fewer = run_ranks(1, counted, str(tmp_path / "grown"), 16 * 8 * 20, ["batch.micro_max=4"])[0]
     assert sorted(set(ones)) == [4, 8, 16] and sorted(set(fewer)) == [4, 8], "8 / 2, 16 / 4, 32 / 4"
     same(grown, plain)
     for key, expected in (("zero", [2, 4]), ("pp", [4, 8])):
         layout = ["batch.micro_max=4", f"parallel.{key}={3 if key == 'zero' else 2}"]
-        spread, counts = run_ranks(2, counted, str(tmp_path / key), 16 * 8 * 30, layout)[0]
+        spread, counts = run_ranks(2, counted, str(tmp_path / key), 16 * 8 * 20, layout)[0]
         assert sorted(set(counts)) == expected
         same(spread, plain)
 

@@ -27,15 +27,16 @@ def plain() -> Any:
     return make_composer().compose(["recipe=quickstart", "data=synthetic", f"data.seq_len={SEQ_LEN}"]).config
 
 
-def write(folder: Path, config: Any, losses: list[float], samples: int, **changes: Any) -> Path:
-    """Write a run folder as the trainer leaves it: one row a step."""
+def write(folder: Path, config: Any, losses: list[float], samples: int, *, annotated: bool = False, **changes: Any) -> Path:
+    """Write a run folder as the trainer leaves it: one row a step. annotated: with its comments, which takes the most time"""
     config = config.copy()
     config.trainer.steps = len(losses)
     config.batch.samples = samples
     for key, value in changes.items():
         OmegaConf.update(config, key.replace("__", "."), value)
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(annotated_yaml(typed_config(config)[0]))
+    text = annotated_yaml(typed_config(config)[0]) if annotated else OmegaConf.to_yaml(config)
+    (folder / "config.yaml").write_text(text)
     rows = [
         {"step": i, "loss": loss, "batch_samples": samples, "tokens": i * samples * SEQ_LEN, "tokens_per_second": 1.0}
         for i, loss in enumerate(losses, 1)
@@ -45,7 +46,7 @@ def write(folder: Path, config: Any, losses: list[float], samples: int, **change
 
 
 def test_sweeps_give_back_the_step_law_and_the_loss_law(tmp_path: Path, plain: Any) -> None:
-    """Three sizes × three lengths × five learning rates, losses a parabola around its rate, on L(N, D)."""
+    """Three sizes × three lengths × three learning rates, losses a parabola around its rate, on L(N, D)."""
     for layers in (2, 4, 8):
         model = plain.copy()
         model.model.layers = layers
@@ -53,7 +54,7 @@ def test_sweeps_give_back_the_step_law_and_the_loss_law(tmp_path: Path, plain: A
         for steps in (20, 40, 80):
             d = steps * 32 * SEQ_LEN
             best = laws.step_law_lr(n, d)
-            for number, ratio in enumerate((0.3, 0.6, 1.1, 2.0, 4.0)):
+            for number, ratio in enumerate((0.3, 1.1, 4.0)):
                 loss = 1.69 + 406.4 / n**0.34 + 410.7 / d**0.28 + 0.05 * math.log(ratio) ** 2
                 folder = tmp_path / f"{layers}-{steps}-{number}"
                 write(folder, model, [loss] * steps, 32, optim__lr=best * ratio)
@@ -72,7 +73,7 @@ def test_curves_give_back_the_critical_batch(tmp_path: Path, plain: Any, capsys:
     law = laws.LossLaw(b_scale=2.1e6, b_power=0.21, s_scale=10.0)
     for samples in (4, 16, 64, 256):
         losses = [law.loss(1e8, step, samples * SEQ_LEN) for step in range(1, 1200)]
-        write(tmp_path / f"runs/{samples}", plain, losses, samples)
+        write(tmp_path / f"runs/{samples}", plain, losses, samples, annotated=True)
     assert main([str(tmp_path / "runs"), "--output", str(tmp_path / "fits")]) == 0
     written = json.loads((tmp_path / "fits/fit.json").read_text())
     assert written["critical_batch"]["exponents"]["L"] == pytest.approx(-1 / 0.21, rel=0.05)

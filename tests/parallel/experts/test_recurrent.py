@@ -22,7 +22,8 @@ ALL = {"global_batch": 0.5, "counts": "exact", "sequence": 0.2, "z_loss": 0.1}
 def work(micro: int, experts: dict[str, Any] = EXPERTS, activation: str = "none", layers: int = 2, **settings: Any) -> Work:
     parallel = ParallelConfig(**settings)
     model = (("experts", experts), ("layers", layers))
-    return Work(parallel, micro, steps=2, lr=2e-3, activation=activation, model=model, balance=tuple(ALL.items()))
+    samples = 8 if parallel.pp == 1 else 4
+    return Work(parallel, micro, samples, steps=2, lr=2e-3, activation=activation, model=model, balance=tuple(ALL.items()))
 
 
 # Together: every axis and ZeRO stage; stages without a mixture, the first too; stages that share a rank.

@@ -25,7 +25,16 @@ ALL = {**BALANCED, **SPARSE}
 def work(micro: int, balance: dict[str, Any] = ALL, activation: str = "none", layers: int = 2, **settings: Any) -> Work:
     parallel = ParallelConfig(**settings)
     model = (("experts", EXPERTS), ("layers", layers))
-    return Work(parallel, micro, steps=3, lr=2e-3, activation=activation, model=model, balance=tuple(balance.items()))
+    return Work(
+        parallel,
+        micro,
+        8 if parallel.pp == 1 else 4,
+        steps=3,
+        lr=2e-3,
+        activation=activation,
+        model=model,
+        balance=tuple(balance.items()),
+    )
 
 
 TABLE = ParityTable(
