@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -15,11 +16,12 @@ from typing import Any, cast
 
 import psutil
 import pytest
+import torch
 from torch.distributed.launcher.api import LaunchConfig
 from torch.multiprocessing import ProcessContext
 
 from meshloom.kernels import driver
-from meshloom.launch import agent
+from meshloom.launch import agent, forked
 from meshloom.launch.exit_codes import HUNG
 from meshloom.launch.torchrun import TorchRun
 from meshloom.trainer.watch.incidents import read_incidents
@@ -134,7 +136,6 @@ PROGRAM = """
 import atexit, json, os, sys
 from meshloom.launch import forked, preload, rank
 import torch
-folder, how = sys.argv[1:]
 def fake(arguments):
     atexit.register(lambda: open(f"{folder}/left", "w").close())
     told = {"later": os.environ["LATER"], "rank": os.environ["RANK"]}
@@ -148,22 +149,33 @@ def fake(arguments):
     return int(how)
 rank.main = fake
 os.environ["RANK"] = "3"
-forked.train({"LATER": "yes", "CHANGED": "yes", "RANK": "of another", "OMP_NUM_THREADS": "3"}, ["seed=1"])
+codes = []
+for how in sys.argv[2:]:  # each in a process of its own; PyTorch is imported once
+    folder = f"{sys.argv[1]}/{how}"
+    os.mkdir(folder)
+    process = os.fork()
+    if not process:
+        os.dup2(os.open(f"{folder}/errors", os.O_WRONLY | os.O_CREAT), 2)
+        forked.train({"LATER": "yes", "CHANGED": "yes", "RANK": "of another", "OMP_NUM_THREADS": "3"}, ["seed=1"])
+        sys.exit()
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+print(codes)
 """
 
 
-@pytest.mark.parametrize(("how", "code"), [("0", 0), ("7", 7), ("raises", 1), ("interrupted", 130)])
-def test_rank_has_environment_and_exit_of_its_own_process(how: str, code: int, tmp_path: Path) -> None:
+def test_rank_has_environment_and_exit_of_its_own_process(tmp_path: Path) -> None:
+    ends = {"0": 0, "7": 7, "raises": 1, "interrupted": 130}
     variables = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "RANK", "LATER")}
     variables["CHANGED"] = "not yet"
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path), how]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
-    assert ("no such thing" in done.stderr) == (how == "raises")
-    told = json.loads((tmp_path / "told").read_text())
-    assert told.pop("changed") == "yes" and told.pop("by the line")
-    assert told == {"later": "yes", "rank": "3", "threads": 3, "arguments": ["seed=1"]}
-    assert (tmp_path / "left").exists()
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), *ends]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == list(ends.values()), done.stderr
+    for how in ends:
+        assert ("no such thing" in (tmp_path / how / "errors").read_text()) == (how == "raises")
+        told = json.loads((tmp_path / how / "told").read_text())
+        assert told.pop("changed") == "yes" and told.pop("by the line")
+        assert told == {"later": "yes", "rank": "3", "threads": 3, "arguments": ["seed=1"]}
+        assert (tmp_path / how / "left").exists()
 
 
 def test_ranks_are_started_anew_where_they_cannot_be_forked(tmp_path: Path) -> None:
@@ -180,32 +192,34 @@ def test_ranks_can_be_forked_from_what_only_imports() -> None:
     assert done.stdout.split() == ["True"]
 
 
-@pytest.mark.parametrize("change", ["preload.MAY_FORK = False", "torch.cuda.get_device_properties = lambda _: 1 / 0"])
-def test_a_process_that_can_use_no_gpu_says_so(change: str) -> None:
-    program = f"import torch; from meshloom.launch import forked, preload; torch.cuda.device_count = lambda: 1; {change}; "
-    assert subprocess.run([sys.executable, "-c", f"{program} forked._try()"], check=False, stderr=subprocess.DEVNULL).returncode
+@pytest.mark.parametrize(("change", "code"), [("nothing", 0), ("driver", 1), ("device", 1)])
+def test_a_process_that_can_use_no_gpu_says_so(change: str, code: int) -> None:
+    def look() -> None:
+        from meshloom.launch import preload
+
+        preload.MAY_FORK = change != "driver"
+        torch.cuda.device_count = lambda: 1
+        torch.cuda.get_device_properties = lambda _: 1 / 0 if change == "device" else None  # type: ignore[assignment]
+        forked._try()
+
+    process = multiprocessing.get_context("fork").Process(target=look)
+    process.start()
+    process.join()
+    assert process.exitcode == code
 
 
 def test_importing_begins_neither_a_gpu_nor_processes() -> None:
+    """To ask for a GPU is enough that a process forked afterwards can't use it; on this machine nobody might notice."""
     program = (
-        "import sys, psutil; from meshloom.launch import preload; "
-        "print(preload.MAY_FORK, psutil.Process().children(), {'meshloom.trainer.run', 'meshloom.data.nodes',"
+        "import sys, psutil, torch; asked = []\n"
+        "for name in ('is_available', 'device_count', 'get_device_properties', 'get_device_capability', 'init'):\n"
+        "    setattr(torch.cuda, name, lambda *_, name=name: asked.append(name) or 0)\n"
+        "from meshloom.launch import preload\n"
+        "print(asked, preload.MAY_FORK, psutil.Process().children(), {'meshloom.trainer.run', 'meshloom.data.nodes',"
         " 'meshloom.optim.optimizers.adamw', 'meshloom.trainer.machine_gpus'} <= set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "[]", "True"]
-
-
-def test_importing_asks_for_no_gpu() -> None:
-    """To ask is enough that a process forked afterwards can't use it; on this machine nobody might notice."""
-    program = (
-        "import torch; asked = []\n"
-        "for name in ('is_available', 'device_count', 'get_device_properties', 'get_device_capability', 'init'):\n"
-        "    setattr(torch.cuda, name, lambda *_, name=name: asked.append(name) or 0)\n"
-        "from meshloom.launch import preload; print(asked)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["[]"]
+    assert done.stdout.split() == ["[]", "True", "[]", "True"]
 
 
 def test_without_a_driver_nothing_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
