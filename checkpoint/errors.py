@@ -25,6 +25,19 @@ class HeldError(CheckpointError):
     """A folder can't be written into, because another run does."""
 
 
+class UnreadableError(CheckpointError):
+    """Stored bytes can't be read now, which says nothing about what they are: a disk, a network or a permission fails."""
+
+    def __init__(self, file: str, what: str) -> None:
+        self.file = file
+        self.what = what
+        super().__init__(f"{file}: {what}")
+
+    def __reduce__(self) -> tuple[type[UnreadableError], tuple[str, str]]:
+        """Pickle what it was made of, as DamageError."""
+        return type(self), (self.file, self.what)
+
+
 class DamageError(CheckpointError):
     """Stored bytes are not what was written: names the file and, where one is at fault, the block."""
 

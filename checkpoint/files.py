@@ -3,20 +3,56 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
+import logging
 import os
 import threading
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ..config.names import leads_outside
-from .errors import CheckpointError, DamageError
+from .errors import CheckpointError, DamageError, UnreadableError
 
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+RETRY_PAUSES = (0.5, 1.0, 2.0)
+"""Seconds before reading is tried again, where it has failed for a reason that may pass."""
 _ABSENT = (FileNotFoundError, NotADirectoryError)
+# A name that leads to no file, and what a file system says that has itself found its data not to be what was written.
+_DAMAGED = (errno.EISDIR, errno.ELOOP, errno.EBADMSG, errno.EUCLEAN)
+_REFUSED = (errno.EACCES, errno.EPERM)
 
 # fsspec's listings are dicts of its own, whose `pop` fails if two threads forget one at once.
 _LISTINGS = threading.Lock()
+
+
+def _read_with_retries(label: str, doing: str, action: Callable[[], T]) -> T:
+    """Return what reading gives. What may pass (a time-out, an I/O error) is tried again after each of RETRY_PAUSES.
+
+    label: of the file, for messages; doing: what the action does to it
+
+    Raises FileNotFoundError or NotADirectoryError if it is not there, DamageError if it can't be what was written, and
+    UnreadableError if nothing can be said of it.
+    """
+    for pause in (*RETRY_PAUSES, None):
+        try:
+            return action()
+        except _ABSENT:
+            raise
+        except OSError as error:
+            what = f"{doing} failed: {error}"
+            if error.errno in _DAMAGED:
+                raise DamageError(label, what) from error
+            if error.errno in _REFUSED or pause is None:
+                raise UnreadableError(label, what) from error
+            log.warning("%s: %s; it is tried again in %g s", label, what, pause)
+            time.sleep(pause)
+    raise AssertionError
 
 
 class Files(Protocol):
@@ -38,7 +74,7 @@ class Files(Protocol):
         ...
 
     def reader(self, name: str) -> contextlib.AbstractContextManager[RangeReader]:
-        """Open a file for reading ranges. Raises DamageError if it is missing or can't be read."""
+        """Open a file for reading ranges. Raises DamageError if it is missing, UnreadableError if it can't be read."""
         ...
 
     def _names(self) -> list[str]: ...
@@ -50,41 +86,38 @@ class Files(Protocol):
     def _read(self, name: str) -> bytes: ...
 
     def names(self) -> list[str]:
-        """Names of the files and folders directly inside; empty if the folder does not exist."""
+        """Names of the files and folders directly inside; empty if the folder does not exist.
+
+        Raises UnreadableError if that can't be told.
+        """
         try:
-            return sorted(self._names())
+            return sorted(_read_with_retries(self.label(), "listing it", self._names))
         except _ABSENT:
             return []
 
     def size(self, name: str) -> int | None:
-        """Length of a file in bytes; None if there is none. Raises DamageError if that can't be told."""
+        """Length of a file in bytes; None if there is none. Raises UnreadableError if that can't be told."""
         try:
-            return self._size(name)
+            return _read_with_retries(self.label(name), "asking for its length", lambda: self._size(name))
         except _ABSENT:
             return None
-        except OSError as error:
-            raise DamageError(self.label(name), f"asking for its length failed: {error}") from error
 
     def sizes(self) -> dict[str, int]:
         """Lengths in bytes of all files directly inside, by one listing; empty if the folder does not exist.
 
-        Raises DamageError if that can't be told.
+        Raises UnreadableError if that can't be told.
         """
         try:
-            return self._sizes()
+            return _read_with_retries(self.label(), "asking for the lengths of its files", self._sizes)
         except _ABSENT:
             return {}
-        except OSError as error:
-            raise DamageError(self.label(), f"asking for the lengths of its files failed: {error}") from error
 
     def read(self, name: str) -> bytes:
-        """A whole small file. Raises FileNotFoundError, or DamageError if it is there and can't be read."""
+        """A whole small file. Raises FileNotFoundError, DamageError if it is no file, UnreadableError if it can't be read."""
         try:
-            return self._read(name)
+            return _read_with_retries(self.label(name), "reading it", lambda: self._read(name))
         except _ABSENT:
             raise FileNotFoundError(self.label(name)) from None
-        except OSError as error:
-            raise DamageError(self.label(name), f"reading it failed: {error}") from error
 
 
 class RangeReader(Protocol):
@@ -95,7 +128,7 @@ class RangeReader(Protocol):
         ...
 
     def fill(self, target: memoryview, offset: int) -> None:
-        """Read exactly `len(target)` bytes. Raises DamageError if the file ends before."""
+        """Read exactly `len(target)` bytes. Raises DamageError if the file ends before, UnreadableError if it can't be read."""
         ...
 
 
@@ -133,18 +166,11 @@ class LocalFiles(Files):
     def reader(self, name: str) -> Generator[RangeReader]:
         """See Files."""
         self._refuse_outside(name)
+        opened = _LocalReader(self.path / name)
         try:
-            descriptor = os.open(self.path / name, os.O_RDONLY)
-        except FileNotFoundError:
-            raise DamageError(self.label(name), "the file is missing") from None
-        except OSError as error:
-            raise DamageError(self.label(name), f"opening it failed: {error}") from error
-        try:
-            # Only what is asked for: the kernel's read-ahead would fetch the neighbours of every small range.
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-            yield _LocalReader(descriptor, self.label(name))
+            yield opened
         finally:
-            os.close(descriptor)
+            opened.close()
 
     def _refuse_outside(self, name: str) -> None:
         if leads_outside(self.path, name):
@@ -153,9 +179,23 @@ class LocalFiles(Files):
 
 
 class _LocalReader:
-    def __init__(self, descriptor: int, label: str) -> None:
-        self._descriptor = descriptor
-        self._label = label
+    def __init__(self, path: Path) -> None:
+        self._path, self._label = path, str(path)
+        self._descriptor = self._open()
+
+    def _open(self) -> int:
+        try:
+            descriptor = _read_with_retries(self._label, "opening it", lambda: os.open(self._path, os.O_RDONLY))
+        except _ABSENT:
+            raise DamageError(self._label, "the file is missing") from None
+        with contextlib.suppress(OSError):
+            # Only what is asked for: the kernel's read-ahead would fetch the neighbours of every small range.
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        return descriptor
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
 
     def expect(self, offset: int, length: int) -> None:
         """See RangeReader."""
@@ -166,13 +206,23 @@ class _LocalReader:
         """See RangeReader."""
         done = 0
         while done < len(target):
-            try:
-                count = os.preadv(self._descriptor, [target[done:]], offset + done)
-            except OSError as error:
-                raise DamageError(self._label, f"reading at byte {offset + done} failed: {error}") from error
+            count = self._read(target[done:], offset + done)
             if count == 0:
                 raise DamageError(self._label, f"the file ends at byte {offset + done}, before byte {offset + len(target)}")
             done += count
+
+    def _read(self, target: memoryview, offset: int) -> int:
+        def read() -> int:
+            try:
+                return os.preadv(self._descriptor, [target], offset)
+            except OSError as error:
+                if error.errno == errno.ESTALE:  # a file server has put another copy in the place of this one
+                    fresh = self._open()
+                    self.close()
+                    self._descriptor = fresh
+                raise
+
+        return _read_with_retries(self._label, f"reading at byte {offset}", read)
 
 
 @contextlib.contextmanager
@@ -230,7 +280,25 @@ class RemoteFiles(Files):
     @contextlib.contextmanager
     def reader(self, name: str) -> Generator[RangeReader]:
         """See Files."""
-        yield _RemoteReader(self.system, self._join(name), self.label(name))
+        yield _RemoteReader(self, name)
+
+    def fetch(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes `[start, stop)` of a file. Raises DamageError if it ends before, else OSError."""
+        try:
+            with _as_os_errors():
+                data = self.system.cat_file(self._join(name), start=start, end=stop)
+            end = start + len(data)
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # of some stores also where there are no such bytes
+            with contextlib.suppress(OSError):
+                end = self._size(name)
+                if end < stop:
+                    raise DamageError(self.label(name), f"the file ends at byte {end}, before byte {stop}") from error
+            raise
+        if end < stop:
+            raise DamageError(self.label(name), f"the file ends at byte {end}, before byte {stop}")
+        return data
 
     def write(self, name: str, data: bytes, *, anew: bool = False) -> bool:
         """Create or replace a file in one step, as object stores do. anew: only if there is none. Returns whether it did.
@@ -270,26 +338,22 @@ class RemoteFiles(Files):
 
 
 class _RemoteReader:
-    def __init__(self, system: Any, path: str, label: str) -> None:
-        self._system = system
-        self._path = path
-        self._label = label
+    def __init__(self, files: RemoteFiles, name: str) -> None:
+        self._files, self._name, self._label = files, name, files.label(name)
 
     def expect(self, offset: int, length: int) -> None:
         """See RangeReader: nothing is fetched twice here."""
 
     def fill(self, target: memoryview, offset: int) -> None:
         """See RangeReader."""
+
+        def fetch() -> bytes:
+            return self._files.fetch(self._name, offset, offset + len(target))
+
         try:
-            with _as_os_errors():
-                data = self._system.cat_file(self._path, start=offset, end=offset + len(target))
-        except FileNotFoundError:
+            target[:] = _read_with_retries(self._label, f"reading at byte {offset}", fetch)
+        except _ABSENT:
             raise DamageError(self._label, "the file is missing") from None
-        except OSError as error:
-            raise DamageError(self._label, f"reading at byte {offset} failed: {error}") from error
-        if len(data) != len(target):
-            raise DamageError(self._label, f"the file ends at byte {offset + len(data)}, before byte {offset + len(target)}")
-        target[:] = data
 
 
 HUGGING_FACE = "hf:"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import re
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, DamageError
+from .errors import CheckpointError, DamageError, UnreadableError
 from .files import Files, LocalFiles, is_remote, local_path, open_files
 from .identity import RunIdentity
 from .manifest import MANIFEST, Manifest, prove_manifest
@@ -51,7 +50,7 @@ def load_manifest(files: Files, *, arrays: bool = True) -> Manifest:
 
 
 def read_manifest_text(files: Files) -> bytes:
-    """The manifest of a step's folder, unchecked. Raises DamageError if there is none, or it can't be read."""
+    """The manifest of a step's folder, unchecked. Raises DamageError if there is none, UnreadableError if it can't be read."""
     try:
         return files.read(MANIFEST)
     except FileNotFoundError:
@@ -82,7 +81,7 @@ def check_lengths(files: Files, manifest: Manifest) -> None:
         raise_first(length_faults(files, manifest, file, sizes))
 
 
-def raise_first(faults: Iterator[DamageError]) -> None:
+def raise_first(faults: Iterator[CheckpointError]) -> None:
     """Raise the first of some faults, if there is one."""
     fault = next(faults, None)
     if fault is not None:
@@ -127,7 +126,7 @@ class StepListing:
     """The finished steps of a folder of checkpoints.
 
     run    id of the run that the folder belongs to; None: no run has saved here, only imports
-    heads  name → the head of its manifest, of every finished step; None: it can't be read
+    heads  name → the head of its manifest, of every finished step; None: it is damaged
     names  of the run's own steps, the one to resume from first
     passed  number of the last commit that the run has left behind by going back to an earlier step; 0: none
     """
@@ -156,8 +155,9 @@ def list_steps(files: Files) -> StepListing:
     set back. `LATEST` is a hint: it decides among steps of format
     versions 1 and 2, which have no numbers, and it names the step that was newest where that one's manifest can't be read.
 
-    Steps of other runs are left out. Imports count as long as the run has saved nothing itself. A step whose manifest can't be
-    read counts, so that whoever opens it is told.
+    Steps of other runs are left out. Imports count as long as the run has saved nothing itself. A step whose manifest is
+    damaged counts, so that whoever opens it is told. Raises UnreadableError if something here can't be read now: taken for
+    damaged, it would put an older step first.
     """
     finished = [name for name in files.names() if step_of(name) is not None and _is_finished(files, name)]
     heads = _local_heads(files, finished) if isinstance(files, LocalFiles) else {name: _head(files, name) for name in finished}
@@ -174,12 +174,15 @@ def list_steps(files: Files) -> StepListing:
 
 
 def read_owner(files: Files) -> RunIdentity | None:
-    """The run that a folder was last taken over by; None: no run has said so, or what it said can't be read."""
+    """The run that a folder was last taken over by; None: no run has said so, or what it said makes no sense.
+
+    Raises UnreadableError if it can't be read.
+    """
     try:
         return RunIdentity.from_dict(json.loads(files.read(OWNER)))
     except FileNotFoundError:
         return None
-    except (CheckpointError, ValueError, KeyError, TypeError) as error:
+    except (DamageError, ValueError, KeyError, TypeError) as error:
         log.warning("whose checkpoints these are is told by the newest one: %s: %s", files.label(OWNER), error)
         return None
 
@@ -214,7 +217,9 @@ def _identity(manifest: Path) -> _FileIdentity:
 def _head(files: Files, name: str) -> StepHead | None:
     try:
         return _read_head(files.child(name))
-    except (CheckpointError, OSError):
+    except UnreadableError:
+        raise
+    except CheckpointError:
         return None
 
 
@@ -257,7 +262,7 @@ class SetBack:
 def _read_set_back(files: Files) -> SetBack | None:
     try:
         return SetBack(**json.loads(files.read(OWNER))["went_on_from"])
-    except (CheckpointError, OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, DamageError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -281,7 +286,7 @@ def find_latest(folder: str | Path) -> Path | str | None:
     """The newest finished step in a folder of checkpoints (a Path, or a URL where `folder` is one); None if there is none.
 
     Anything not committed is ignored, and so is a step whose manifest is damaged or whose files are not all there
-    with their lengths.
+    with their lengths. Raises UnreadableError where that can't be told.
     """
     found = _newest_whole(open_files(folder))
     if found is None:
@@ -291,15 +296,27 @@ def find_latest(folder: str | Path) -> Path | str | None:
 
 def _newest_whole(files: Files) -> tuple[str, Manifest] | None:
     for name in steps_newest_first(files):
-        with contextlib.suppress(CheckpointError):
-            return name, open_step(files.child(name))
+        manifest = open_unless_damaged(files.child(name))
+        if manifest is not None:
+            return name, manifest
     return None
+
+
+def open_unless_damaged(files: Files) -> Manifest | None:
+    """Return what `open_step` does; None for a step that is none to go on from. Raises UnreadableError."""
+    try:
+        return open_step(files)
+    except UnreadableError:
+        raise
+    except CheckpointError:
+        return None
 
 
 def read_newest(location: str | Path) -> Manifest | None:
     """Return the manifest of a step's folder, or of the newest finished step on the disk in a folder of checkpoints.
 
-    None for a folder without one. Raises DamageError where the manifest of a given step is not as written.
+    None for a folder without one. Raises DamageError where the manifest of a given step is not as written, and
+    UnreadableError where that can't be told.
     """
     files = open_files(location)
     if is_step(files):

@@ -25,8 +25,9 @@ import torch
 from ..parallel.box import Box
 from .control import Round
 from .dtypes import TORCH_DTYPES, as_tensor
-from .errors import CheckpointError, DamageError
+from .errors import CheckpointError, DamageError, UnreadableError
 from .files import Files
+from .folder import raise_first
 from .manifest import Manifest, StoredArray
 from .reading.items import Raw
 from .reading.reader import Reader
@@ -165,6 +166,7 @@ def lost_files(files: Files, manifest: Manifest, rank: int, world_size: int) -> 
     """Read this rank's share of a step's files.
 
     Returns the numbers of those that are missing, with the damage, and a description of each that is there and not whole.
+    Raises UnreadableError if that can't be told.
     """
     sizes, reader = files.sizes(), Reader(files, manifest)
     reader.whole_files = False
@@ -172,6 +174,7 @@ def lost_files(files: Files, manifest: Manifest, rank: int, world_size: int) -> 
     damaged: list[str] = []
     for number in range(rank, len(manifest.files), world_size):
         file, found = manifest.files[number], list(verify_file(reader, number, sizes))
+        raise_first(each for each in found if isinstance(each, UnreadableError))  # it need not be lost
         faults = [each for each in found if isinstance(each, DamageError)]
         if sizes.get(file.name) is None:
             lost[number] = str(faults[0])

@@ -21,9 +21,9 @@ from .control import Control, Round
 from .convert.hugging_face.folder import HuggingFaceFolder, open_folder
 from .convert.hugging_face.reading import check_head, fill
 from .dtypes import name_of
-from .errors import CheckpointError, DamageError
+from .errors import CheckpointError, DamageError, UnreadableError
 from .files import Files, hugging_face_folder, is_remote, local_path, open_files
-from .folder import StepListing, is_step, list_steps, load_manifest, open_manifest, open_step, read_manifest_text
+from .folder import StepListing, is_step, list_steps, load_manifest, open_manifest, open_unless_damaged, read_manifest_text
 from .identity import RunIdentity
 from .manifest import Manifest, StoredArray
 from .memory.tier import Recovery, find_recovery, manifest_of, open_recovery
@@ -107,7 +107,8 @@ def restore(
 
     All ranks call this together. Manifest, coverage and the digest of every byte needed are checked on every rank before
     the first tensor is touched on any. When a folder of checkpoints is given, a damaged step is passed over with a
-    warning, by all ranks alike; when a step is given, it is restored or refused.
+    warning, by all ranks alike; when a step is given, it is restored or refused. One that can't be read now is always refused:
+    a time-out or an I/O error must not set a run back to an older step.
 
     strict: refuse if a fragment has no stored array of its shape, or if a stored array is wanted by no rank. Otherwise
     what fits is restored and the rest is reported. Element types may always differ; the values are converted.
@@ -189,6 +190,9 @@ def _try(
         answer = _read(match, group) if all_match else {"unused": []}  # another rank says why
     except DamageError as error:
         answer = {"damaged": [error.file, error.what, error.block]}
+    except UnreadableError as error:
+        fix = "start again once it can be read, or name another step"
+        answer = {"refused": f"{error}. It need not be damaged, so no older step takes its place: {fix}"}
     except CheckpointError as error:
         answer = {"refused": str(error)}
     except BaseException as error:
@@ -216,10 +220,14 @@ def read_manifest(location: str | Path) -> Manifest:
     if _is_step(location):
         return load_manifest(open_files(location))
     for candidate in _found_in(location):
-        with contextlib.suppress(CheckpointError):
-            if candidate.startswith(_IN_MEMORY):
-                return manifest_of(candidate.removeprefix(_IN_MEMORY))
-            return open_step(open_files(candidate))
+        manifest: Manifest | None = None
+        if not candidate.startswith(_IN_MEMORY):
+            manifest = open_unless_damaged(open_files(candidate))
+        else:
+            with contextlib.suppress(CheckpointError):  # its keeper has gone
+                manifest = manifest_of(candidate.removeprefix(_IN_MEMORY))
+        if manifest is not None:
+            return manifest
     raise CheckpointError(f"{location}: there is no complete checkpoint here")
 
 

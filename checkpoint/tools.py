@@ -10,19 +10,21 @@ from pathlib import Path
 
 from ..parallel.box import Box
 from .digest import DIGEST_BYTES, block_digests, leaf_digests, text_digest
-from .errors import CheckpointError, DamageError
+from .errors import CheckpointError, DamageError, UnreadableError
 from .files import Files, open_files
 from .folder import is_step, length_faults, load_manifest, open_manifest, part_faults, step_folders, steps_newest_first
 from .reading.reader import Reader
 from .saving.commit import open_target
 from .takeover import SAVES
 
+Fault = DamageError | UnreadableError
 
-def verify(files: Files) -> Iterator[DamageError | int]:
+
+def verify(files: Files) -> Iterator[Fault | int]:
     """Read every byte of a step. Yields the number of bytes of each good block, and an error for each bad thing found."""
     try:
         manifest = open_manifest(files)
-    except DamageError as error:
+    except (DamageError, UnreadableError) as error:
         yield error
         return
     sizes, reader = files.sizes(), Reader(files, manifest)
@@ -36,7 +38,7 @@ def verify(files: Files) -> Iterator[DamageError | int]:
             told.add(str(found))
 
 
-def verify_file(reader: Reader, number: int, sizes: Mapping[str, int | None]) -> Iterator[DamageError | int]:
+def verify_file(reader: Reader, number: int, sizes: Mapping[str, int | None]) -> Iterator[Fault | int]:
     """Read every byte of a rank's data and their digests. Yields as `verify` does. sizes: of the step's files
 
     A segment that is whole is good, though the file of its host be too short for others.
@@ -54,11 +56,11 @@ def verify_file(reader: Reader, number: int, sizes: Mapping[str, int | None]) ->
             yield found
         if good:
             _check_header(reader, number)
-    except DamageError as error:  # a disk that can't read it, or a file that is gone by now
+    except (DamageError, UnreadableError) as error:  # a disk that can't read it, or a file that is gone by now
         yield error
 
 
-def _verify_blocks(reader: Reader, number: int, *, proved: bool) -> Iterator[DamageError | int]:
+def _verify_blocks(reader: Reader, number: int, *, proved: bool) -> Iterator[Fault | int]:
     """Read a data file. proved: its digests are there; otherwise the file is good or bad as a whole."""
     files, manifest = reader.files, reader.manifest
     file, leaf, span = manifest.files[number], manifest.leaf_bytes, manifest.block_bytes
@@ -66,7 +68,7 @@ def _verify_blocks(reader: Reader, number: int, *, proved: bool) -> Iterator[Dam
     if proved:
         try:
             listed = reader.blocks_of(number)
-        except DamageError as error:
+        except (DamageError, UnreadableError) as error:
             yield error
     leaves: list[bytes] = []
     lengths: list[int] = []
@@ -91,7 +93,7 @@ def _verify_blocks(reader: Reader, number: int, *, proved: bool) -> Iterator[Dam
         yield DamageError(files.label(file.leaves_title), f"it does not hold the digests of {file.name}")
 
 
-def _faults_behind(reader: Reader, number: int, sizes: Mapping[str, int | None]) -> Iterator[DamageError]:
+def _faults_behind(reader: Reader, number: int, sizes: Mapping[str, int | None]) -> Iterator[Fault]:
     """Check that only zeros follow a segment's digests, up to where the next one begins. Nobody needs them to restore."""
     files, manifest = reader.files, reader.manifest
     file = manifest.files[number]
@@ -104,7 +106,7 @@ def _faults_behind(reader: Reader, number: int, sizes: Mapping[str, int | None])
             opened.fill(memoryview(rest), start)
         if any(rest):
             yield DamageError(files.label(file.title), f"its digests end at byte {start}, and not only zeros follow")
-    except DamageError as error:
+    except (DamageError, UnreadableError) as error:
         yield error
 
 

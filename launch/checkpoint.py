@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..checkpoint.errors import CheckpointError
+from ..checkpoint.errors import CheckpointError, UnreadableError
 from ..config.problems import ConfigError, Problem
 from ..config.progress_bar import progress
 from ..config.words import counted
@@ -124,7 +124,7 @@ def _list(arguments: argparse.Namespace) -> int:
             print(f"{files.label()}  step {manifest.step}  {_size(manifest.bytes)}  {counted(manifest.world_size, 'rank')}")
         except CheckpointError as error:
             damaged += 1
-            print(f"{files.label()}  damaged: {error}")
+            print(f"{files.label()}  {'can not be read' if isinstance(error, UnreadableError) else 'damaged'}: {error}")
     return 1 if damaged else 0
 
 
@@ -167,7 +167,7 @@ def _verify(arguments: argparse.Namespace) -> int:
                     advance(count, total)
                 else:
                     faults += 1
-                    print(f"DAMAGED {found}")
+                    print(f"{'UNREADABLE' if isinstance(found, UnreadableError) else 'DAMAGED'} {found}")
         took = time.perf_counter() - start
         verdict = f"{faults} faults" if faults else "every block is as written"
         print(f"{files.label()}: {blocks} blocks, {_size(count)} good in {took:.1f} s; {verdict}")
@@ -177,12 +177,11 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _stored_bytes(files: Files) -> int:
     """Return the bytes that the manifest of a step counts; 0 for one that can't be read."""
-    from ..checkpoint.errors import DamageError
     from ..checkpoint.folder import open_manifest
 
     try:
         return sum(file.bytes for file in open_manifest(files).files)
-    except DamageError:
+    except CheckpointError:
         return 0
 
 

@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 
 from ...parallel.box import Box
-from ..errors import DamageError
+from ..errors import CheckpointError, DamageError
 from ..files import Files
 from ..manifest import Manifest, StoredArray
 from .items import BATCH_BYTES, Bytes, Raw, ReadItem, needed_leaves
 from .reader import Reader, Span
 
 WINDOW_BYTES = 4 * BATCH_BYTES
-PASSED_ON = "the rank that read it for the others found damage"
+PASSED_ON = "the rank that read it for the others could not use it"
 """Damage as a rank knows it that only heard of it. Another one says what it is."""
 Leaves = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -35,25 +35,25 @@ class SharedReader(Reader):
     def __init__(self, files: Files, manifest: Manifest, group: dist.ProcessGroup) -> None:
         super().__init__(files, manifest)
         self.group = group
-        self._fault: DamageError | None = None
+        self._fault: CheckpointError | None = None
 
     def items(self, wanted: Sequence[tuple[StoredArray, Box]], targets: Sequence[Raw] = ()) -> list[list[ReadItem]]:
-        """See Reader. A rank that meets damage in an index needs nothing more, and raises once it has served the others."""
+        """See Reader. A rank that can't use an index needs nothing more, and raises once it has served the others."""
         try:
             return super().items(wanted, targets)
-        except DamageError as error:
+        except CheckpointError as error:
             self._note(error)
             return [[] for _ in wanted]
 
     def _missing_indexes(self, wanted: Sequence[tuple[StoredArray, Box]]) -> list[int]:
         try:
             return super()._missing_indexes(wanted)
-        except DamageError as error:  # of the manifest: the others read the indexes all the same
+        except CheckpointError as error:  # of the manifest: the others read the indexes all the same
             self._note(error)
             return []
 
     def fetch(self, items: list[ReadItem]) -> Iterator[tuple[ReadItem, Bytes, int]]:
-        """See Reader. A rank that meets damage goes on serving the others, which learn of it, and raises at the end."""
+        """See Reader. A rank that can't use what it reads serves the others, which learn of it, and raises at the end."""
         items = sorted(items, key=lambda item: (item.file, item.stop))
         everyone: list[Any] = [None] * self.group.size()
         dist.all_gather_object(everyone, self._needs(items), group=self.group)
@@ -116,7 +116,7 @@ class SharedReader(Reader):
         if own.any() and self._fault is None:  # after a fault all that it sends is marked
             try:
                 self._read_own(number, start, stop, own, window)
-            except DamageError as error:
+            except CheckpointError as error:
                 self._note(error)
         works: list[Any] = []
         arrivals: list[tuple[Leaves, torch.Tensor]] = []
@@ -148,7 +148,7 @@ class SharedReader(Reader):
         for _ in self.read_ahead([span for span in spans if span.needed.any()]):
             pass
 
-    def _note(self, fault: DamageError) -> None:
+    def _note(self, fault: CheckpointError) -> None:
         self._fault = self._fault or fault
 
 

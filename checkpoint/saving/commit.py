@@ -18,7 +18,7 @@ import threading
 import uuid
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DamageError
 from ..faults import reach
 from ..files import LocalFiles, RemoteFiles, open_files
 from ..folder import LATEST, OWNER, check_lengths, list_steps, load_manifest, step_name, step_of, steps_newest_first
@@ -385,7 +385,7 @@ def _check_files(folder: LocalFiles | RemoteFiles, manifest: Manifest) -> None:
     """The coordinator must see every rank's file; it would not if the folder were on a disk of one node alone."""
     try:
         check_lengths(folder, manifest)
-    except CheckpointError as error:
+    except DamageError as error:
         raise CheckpointError(
             f"{error}, as seen from the coordinator; checkpoint.folder must be on a file system that all nodes share"
         ) from error

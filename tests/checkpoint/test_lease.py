@@ -21,7 +21,7 @@ from meshloom.checkpoint import lease
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
-from meshloom.checkpoint.errors import CheckpointError, HeldError
+from meshloom.checkpoint.errors import CheckpointError, HeldError, UnreadableError
 from meshloom.checkpoint.fence import FENCE, Fence
 from meshloom.checkpoint.files import RemoteFiles, open_files
 from meshloom.checkpoint.folder import find_latest, list_steps
@@ -389,6 +389,7 @@ def test_discarding_on_a_store_that_is_away_raises_nothing(files: RemoteFiles, m
 
     with monkeypatch.context() as away:
         away.setattr(files.system, "info", refuse)
+        away.setattr("meshloom.checkpoint.files.RETRY_PAUSES", ())
         RemoteTarget(files, coordinator=False).discard(1, "token")
 
 
@@ -396,7 +397,8 @@ def test_a_folder_that_can_not_be_listed_is_let_go(files: RemoteFiles, monkeypat
     def refuse(*_: object, **__: object) -> None:
         raise OSError("the store is away")
 
-    with monkeypatch.context() as away, pytest.raises(OSError, match="the store is away"):
+    monkeypatch.setattr("meshloom.checkpoint.files.RETRY_PAUSES", ())
+    with monkeypatch.context() as away, pytest.raises(UnreadableError, match="the store is away"):
         away.setattr(files.system, "ls", refuse)
         open_target(files.label(), coordinator=True)
     Lease(files).release()

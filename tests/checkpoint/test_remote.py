@@ -17,7 +17,7 @@ from meshloom.checkpoint import faults
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
-from meshloom.checkpoint.errors import DamageError
+from meshloom.checkpoint.errors import DamageError, UnreadableError
 from meshloom.checkpoint.files import RemoteFiles
 from meshloom.checkpoint.folder import find_latest
 from meshloom.checkpoint.restore import read_state, restore
@@ -190,7 +190,7 @@ def test_the_memory_tier_needs_a_mounted_folder(url: str) -> None:
         Checkpointer(url, Control.alone(), CheckpointConfig(memory_every=1))
 
 
-def test_errors_of_a_store_library_become_os_errors() -> None:
+def test_errors_of_a_store_library_become_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     class Refused(Exception):
         pass
 
@@ -206,11 +206,35 @@ def test_errors_of_a_store_library_become_os_errors() -> None:
 
     files = RemoteFiles(Store(), "bucket/run")
     told = "Refused: no credentials"
-    for ask in (files.names, lambda: files.write("one", b""), lambda: files.delete("one"), lambda: find_latest("broken://")):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match=told):
-            patch.setattr("meshloom.checkpoint.folder.open_files", lambda _: files)
-            ask()
+    monkeypatch.setattr("meshloom.checkpoint.folder.open_files", lambda _: files)
+    monkeypatch.setattr("meshloom.checkpoint.files.RETRY_PAUSES", (0.0,))
+    for write in (lambda: files.write("one", b""), lambda: files.delete("one")):
+        with pytest.raises(OSError, match=told):
+            write()
     with files.reader("one") as reader:
-        for read in (lambda: files.size("one"), lambda: files.read("one"), lambda: reader.fill(memoryview(bytearray(1)), 0)):
-            with pytest.raises(DamageError, match=told):
+        reads = (
+            files.names,
+            files.sizes,
+            lambda: find_latest("broken://"),
+            lambda: files.size("one"),
+            lambda: files.read("one"),
+            lambda: reader.fill(memoryview(bytearray(1)), 0),
+        )
+        for read in reads:
+            with pytest.raises(UnreadableError, match=told):
                 read()
+
+
+def test_bytes_that_a_store_refuses_for_the_file_ends_before_are_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Store(fsspec.get_filesystem_class("memory")):
+        cachable = False
+
+        def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+            raise OSError(errno.EINVAL, "The requested range is not satisfiable")
+
+    files = RemoteFiles(Store(), f"/{uuid.uuid4().hex}")
+    files.write("one", b"123")
+    monkeypatch.setattr("meshloom.checkpoint.files.RETRY_PAUSES", (0.0,))
+    for stop, error in ((4, DamageError), (3, UnreadableError)):
+        with files.reader("one") as reader, pytest.raises(error):
+            reader.fill(memoryview(bytearray(stop)), 0)

@@ -17,12 +17,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from meshloom.checkpoint import files as files_module
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
-from meshloom.checkpoint.errors import CheckpointError, DamageError
+from meshloom.checkpoint.errors import CheckpointError, DamageError, UnreadableError
 from meshloom.checkpoint.files import LocalFiles
-from meshloom.checkpoint.folder import open_step
+from meshloom.checkpoint.folder import find_latest, open_step
 from meshloom.checkpoint.reading import reader as reader_module
 from meshloom.checkpoint.reading import shared_reader
 from meshloom.checkpoint.reading.reader import Reader
@@ -100,43 +101,88 @@ def test_one_reader_for_many_arrays_does_not_collect_digests(tmp_path: Path) -> 
     assert reader.traffic.read - once <= 5 * 2 * 4096, "the digests are still there"
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "rank-00000.leaves", "rank-00000.safetensors", "LATEST"])
-def test_unreadable_file_counts_as_damage(
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00000.leaves", "rank-00000.safetensors", "LATEST", "run.json"])
+def test_a_file_that_can_not_be_read_sets_no_run_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(tmp_path, fragments(make_arrays(), 1, 0), 1, 2)
-    bad = tmp_path / name if name == "LATEST" else tmp_path / "step-00000002" / name
+    (tmp_path / "run.json").write_text('{"id": "unnamed", "parent": null}')
+    step = tmp_path / "step-00000002"
+    bad = tmp_path / name if name in ("LATEST", "run.json") else step / name
+    failures, why = 99, errno.EIO
     open_file, read_bytes = os.open, Path.read_bytes
 
+    def fail(path: Any) -> None:
+        nonlocal failures
+        if Path(path) == bad and failures:
+            failures -= 1
+            raise OSError(why, os.strerror(why), str(path))
+
     def refuse(path: Any, *rest: Any, **named: Any) -> int:
-        if Path(path) == bad:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        fail(path)
         return open_file(path, *rest, **named)
 
     def refuse_bytes(path: Path) -> bytes:
-        if path == bad:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        fail(path)
         return read_bytes(path)
 
     monkeypatch.setattr(os, "open", refuse)
     monkeypatch.setattr(Path, "read_bytes", refuse_bytes)
+    monkeypatch.setattr(files_module, "RETRY_PAUSES", (0.0, 0.0))
     ranks = fragments(make_arrays(), 1, 0, blank=True)
-    if name != "LATEST":
-        with pytest.raises(DamageError, match=name):
-            restore(tmp_path / "step-00000002", ranks[0], Control.alone())
-        assert main(["verify", str(tmp_path / "step-00000002")]) == 1
-        assert f"DAMAGED {bad}" in capsys.readouterr().out
-    assert restore(tmp_path, ranks[0], Control.alone()).step == (2 if name == "LATEST" else 1)
-    assert holds(ranks, make_arrays())
+    for place in (tmp_path, step) if bad.parent == step else (tmp_path,):
+        with pytest.raises(CheckpointError, match=f"{bad}: (opening|reading) it failed: .*Input/output error") as caught:
+            restore(place, ranks[0], Control.alone())
+        assert not isinstance(caught.value, DamageError)
+        assert holds(ranks, make_arrays()) is False
+    if bad.parent == step:
+        assert main(["verify", str(step)]) == 1
+        assert f"UNREADABLE {bad}" in capsys.readouterr().out
+    if name in ("manifest.json", "LATEST"):
+        with pytest.raises(UnreadableError):
+            find_latest(tmp_path)
+    why, failures = errno.EACCES, 1  # no permission: a second try is of no use
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        restore(tmp_path, ranks[0], Control.alone())
+    assert failures == 0
+    why, failures = errno.ETIMEDOUT, 2  # it passes
+    assert restore(tmp_path, ranks[0], Control.alone()).step == 2
+    assert failures == 0 and holds(ranks, make_arrays())
+    if bad.parent == step and name != "manifest.json":
+        why, failures = errno.EBADMSG, 1  # the file system itself knows that it is not what was written
+        assert restore(tmp_path, ranks[0], Control.alone()).step == 1
 
 
-def _failing_in_group(rank: int, world: int, folder: str, suffix: str) -> int:
+def test_a_read_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").write_bytes(b"new")
+    preadv, descriptors = os.preadv, list[int]()
+
+    def stale(descriptor: int, *rest: Any) -> int:
+        descriptors.append(os.fstat(descriptor).st_ino)
+        if len(descriptors) == 1:
+            (tmp_path / "data").unlink()
+            (tmp_path / "data").write_bytes(b"NEW")
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return preadv(descriptor, *rest)
+
+    monkeypatch.setattr(os, "preadv", stale)
+    monkeypatch.setattr(files_module, "RETRY_PAUSES", (0.0,))
+    target = bytearray(3)
+    with LocalFiles(tmp_path).reader("data") as reader:
+        reader.fill(memoryview(target), 0)
+        with pytest.raises(DamageError, match="the file ends at byte 3"):
+            reader.fill(memoryview(target), 1)
+    assert descriptors[1] == (tmp_path / "data").stat().st_ino
+
+
+def _failing_in_group(rank: int, world: int, folder: str, suffix: str, why: int) -> str:
+    files_module.RETRY_PAUSES = ()
     if rank == 1:  # one node has lost its sight of some files
         open_file = os.open
 
         def refuse(path: Any, *rest: Any, **named: Any) -> int:
             if str(path).endswith(suffix) and "00000002" in str(path):
-                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+                raise OSError(why, os.strerror(why), str(path))
             return open_file(path, *rest, **named)
 
         os.open = refuse  # type: ignore[assignment]
@@ -153,9 +199,11 @@ def _failing_in_group(rank: int, world: int, folder: str, suffix: str) -> int:
     gc.disable()
     ranks = fragments(make_arrays(), world, 4, blank=True)
     control = Control(rank, world, dist.FileStore(f"{folder}/store", world))
-    report = restore(folder, ranks[rank], control, timeout=60, group=dist.group.WORLD)
-    assert suffix in report.skipped[0] and "Input/output error" in report.skipped[0], report.skipped
-    return report.step
+    try:
+        report = restore(folder, ranks[rank], control, timeout=60, group=dist.group.WORLD)
+    except CheckpointError as error:
+        return str(error)
+    return f"step {report.step}, not {report.skipped[0]}"
 
 
 def test_where_the_coordinator_can_not_look_the_others_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,10 +258,13 @@ def test_of_a_file_whose_header_is_read_the_rest_is_not_walked(tmp_path: Path) -
     assert run_ranks(2, _windows_of_a_header, str(tmp_path)) == [1, 1]
 
 
-@pytest.mark.parametrize("suffix", [".leaves", "rank-00001.safetensors"])
-def test_rank_with_a_failing_disk_does_not_hang_the_others(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize(("suffix", "why"), [(".leaves", errno.EIO), ("rank-00001.safetensors", errno.EBADMSG)])
+def test_rank_with_a_failing_disk_does_not_hang_the_others(tmp_path: Path, suffix: str, why: int) -> None:
+    """It ends the restore on all ranks, or is passed over by all where the disk knows that the data are bad."""
     save(tmp_path, fragments(make_arrays(), 2, 9), 1, 2)
-    assert run_ranks(3, _failing_in_group, str(tmp_path), suffix) == [1, 1, 1]
+    (said,) = set(run_ranks(3, _failing_in_group, str(tmp_path), suffix, why))
+    assert suffix in said and os.strerror(why) in said
+    assert ("no older step takes its place" in said, said.startswith("step 1, ")) == (why == errno.EIO, why == errno.EBADMSG)
 
 
 def test_verify_names_all_that_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
