@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument("output", help="a folder of checkpoints; the new one becomes its newest step")
     bring.add_argument("--format", choices=["hf", "deepspeed", "dcp"], help="default: told by the files in the folder")
     bring.add_argument("--tokenizer", type=Path, help="the model's tokenizer.json (default: the one in the folder)")
+    _add_overwrite(bring)
     mean = command(
         "average", _average, "the mean of the weights of several steps, as a checkpoint to evaluate, export or go on from"
     )
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     mean.add_argument(
         "--weights", type=float, nargs="+", help="of the steps, in any unit (default: alike); newest first with --last"
     )
+    _add_overwrite(mean)
     copies = command(
         "upcycle", _upcycle, "make a mixture of experts out of a dense model: each expert a copy of a feed-forward"
     )
@@ -103,7 +105,12 @@ def _parser() -> argparse.ArgumentParser:
         "--noise", type=float, default=0.0, help="of the copies, over the weight's root mean square (default: 0)"
     )
     copies.add_argument("--seed", type=int, default=0, help="of noise and routers (default: 0)")
+    _add_overwrite(copies)
     return parser
+
+
+def _add_overwrite(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--overwrite", action="store_true", help="replace the step if the output has it (default: refuse)")
 
 
 def _size(count: float) -> str:
@@ -289,7 +296,9 @@ def _import(arguments: argparse.Namespace) -> int:
     from ..checkpoint.convert.detect import bring_in
 
     with _shown(f"writing {arguments.output}"):
-        made = bring_in(arguments.source, arguments.output, arguments.format, arguments.tokenizer)
+        made = bring_in(
+            arguments.source, arguments.output, arguments.format, arguments.tokenizer, overwrite=arguments.overwrite
+        )
     print(f"{arguments.source} → {made}")
     return 0
 
@@ -310,7 +319,7 @@ def _average(arguments: argparse.Namespace) -> int:
             )
         steps = there[: arguments.last]
     with _shown(f"writing {arguments.output}"):
-        made = average(steps, arguments.output, arguments.weights)
+        made = average(steps, arguments.output, arguments.weights, overwrite=arguments.overwrite)
     print(f"{', '.join(files.label() for files in steps)} → {made}")
     return 0
 
@@ -322,7 +331,8 @@ def _upcycle(arguments: argparse.Namespace) -> int:
     experts = _experts(arguments.experts)
     files = step_folders(arguments.source)[0]
     with _shown(f"writing {arguments.output}"):
-        made = upcycle(files, arguments.output, experts, noise=arguments.noise, seed=arguments.seed)
+        options = {"noise": arguments.noise, "seed": arguments.seed, "overwrite": arguments.overwrite}
+        made = upcycle(files, arguments.output, experts, **options)
     print(f"{files.label()} → {made}")
     return 0
 

@@ -29,7 +29,9 @@ GROUPS = ("model", "data")
 """Groups of the first step's config that go on: what `generate` needs to know."""
 
 
-def average(steps: Sequence[Files], folder: str | Path, weights: Sequence[float] | None = None) -> Path:
+def average(
+    steps: Sequence[Files], folder: str | Path, weights: Sequence[float] | None = None, *, overwrite: bool = False
+) -> Path:
     """Write a checkpoint (step 0, weights only) whose weights are the mean of those of several steps of one model.
 
     It stands for the first of them in all else. Sums are taken in float64. Host memory holds a part of an array at a time.
@@ -65,7 +67,7 @@ def average(steps: Sequence[Files], folder: str | Path, weights: Sequence[float]
         "imported_from": {"format": "average", **manifest.state.get("imported_from", {}), **how},
         **tokenizer.state,
     }
-    return compose(folder, 0, sources, state, tokenizer.files)
+    return compose(folder, 0, sources, state, tokenizer.files, overwrite=overwrite)
 
 
 def _checked_weights(count: int, weights: Sequence[float] | None) -> list[float]:

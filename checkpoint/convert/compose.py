@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,8 @@ from ..saving.commit import new_token, open_target
 from ..stored_file import StoredFile, data_file_names
 from ..writing.disk import sync_folder, write_small
 from .progress import tell
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,17 @@ def compose(
     sources: Sequence[Source],
     state: dict[str, Any],
     beside: Mapping[str, bytes] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Path:
     """Write and commit a step with these arrays. Host memory holds one source at a time. Returns the step's folder.
 
     beside: name → contents of further files in the step's folder
+    overwrite: replace this step if an earlier import has made it, and delete what it replaces; else that is refused
 
     Arrays without elements have nothing to store and are left out. Raises CheckpointError for a state that is not plain
-    JSON, a type that can't be stored, two arrays of one name, or a folder that a run is using or has saved into.
+    JSON, a type that can't be stored, two arrays of one name, or a folder that is in use, that a run has saved into, or that
+    has this step already.
     """
     sources = [source for source in sources if 0 not in source.shape]
     if is_remote(folder):
@@ -81,10 +88,9 @@ def compose(
     plan = SavePlan.of(Description.of(declarations, 0))
     layout = lay_out(declarations, plan.pieces(0, declarations))
     token = new_token()
-    if list_steps(open_files(folder)).run is not None:
-        raise CheckpointError(f"{folder} holds a run's checkpoints, which an import must not mix with; give another folder")
     target = open_target(folder, coordinator=True)
     try:
+        _refuse_mixing(folder, step, overwrite)  # with the folder locked, so that two imports don't both find it free
         target.begin(step, token)
         try:
             place = Path(target.place(step, token))
@@ -115,9 +121,22 @@ def compose(
         except BaseException:
             target.discard(step, token)
             raise
+        try:
+            target.prune(0)
+        except OSError as error:
+            log.warning("%s: what was replaced could not be deleted: %s", folder, error)
     finally:
         target.close()
     return local_path(folder) / step_name(step)
+
+
+def _refuse_mixing(folder: str | Path, step: int, overwrite: bool) -> None:
+    """Raise CheckpointError if a folder holds a run's checkpoints or, unless told to overwrite, this very step."""
+    if list_steps(open_files(folder)).run is not None:
+        raise CheckpointError(f"{folder} holds a run's checkpoints, which an import must not mix with; give another folder")
+    if not overwrite and (local_path(folder) / step_name(step)).exists():
+        name = step_name(step)
+        raise CheckpointError(f"{folder} has {name} already; give another folder, or --overwrite to replace that step")
 
 
 def _declared(source: Source) -> Declaration:

@@ -45,7 +45,7 @@ class _IndexedReader(torch_dcp.FileSystemReader):
         return self._index
 
 
-def import_dcp(source: Path, folder: str | Path, tokenizer: Path | None = None) -> Path:
+def import_dcp(source: Path, folder: str | Path, tokenizer: Path | None = None, *, overwrite: bool = False) -> Path:
     """Make a checkpoint out of a DCP folder. Host memory holds one array at a time.
 
     Weights become role "weight", optimizer tensors a role by their name (exp_avg, …), names stay as they are. Tensors of
@@ -83,7 +83,7 @@ def import_dcp(source: Path, folder: str | Path, tokenizer: Path | None = None) 
     step = re.search(r"(\d+)$", source.name)
     state = {"imported_from": {"format": "dcp", "scalars": scalars, "left_out": left_out}}
     carried = carry_tokenizer(source, tokenizer)
-    return compose(folder, int(step[1]) if step else 0, sources, state | carried.state, carried.files)
+    return compose(folder, int(step[1]) if step else 0, sources, state | carried.state, carried.files, overwrite=overwrite)
 
 
 def _getter(

@@ -27,7 +27,7 @@ _RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 Cut = list[tuple[torch.Tensor, int, int]]  # pieces of a flattened parameter, in order: (flat array, start, length)
 
 
-def import_deepspeed(source: Path, folder: str | Path, tokenizer: Path | None = None) -> Path:
+def import_deepspeed(source: Path, folder: str | Path, tokenizer: Path | None = None, *, overwrite: bool = False) -> Path:
     """Make a checkpoint out of a DeepSpeed folder (the run's, or one tag's). Files are mapped, one array is held at a time.
 
     The fp32 master weights become role "weight", optimizer tensors a role by their name. The optimizer's step count, parameter
@@ -43,7 +43,7 @@ def import_deepspeed(source: Path, folder: str | Path, tokenizer: Path | None = 
     if (tag / "zero").is_dir():
         sources, counters, groups = _universal(tag / "zero")
         state = {"imported_from": {"format": "deepspeed universal", "counters": counters, "groups": groups}}
-        return compose(folder, step, sources, own or state | carried.state, carried.files)
+        return compose(folder, step, sources, own or state | carried.state, carried.files, overwrite=overwrite)
     ranks = _rank_files(tag, _plain(model.get("dp_world_size"), 0))
     optimizers = [load_mapped(path)["optimizer_state_dict"] for path in ranks]
     stage = int(_plain(optimizers[0].get("zero_stage"), 3 if "fp32_flat_groups" in optimizers[0] else 2))
@@ -64,7 +64,7 @@ def import_deepspeed(source: Path, folder: str | Path, tokenizer: Path | None = 
             "groups": _groups([list(group) for group in shapes], hyper),
         }
     }
-    return compose(folder, step, sources, own or state | carried.state, carried.files)
+    return compose(folder, step, sources, own or state | carried.state, carried.files, overwrite=overwrite)
 
 
 def _model(tag: Path) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from pathlib import Path
 from ..errors import CheckpointError
 
 
-def bring_in(source: Path, folder: str | Path, kind: str | None = None, tokenizer: Path | None = None) -> Path:
+def bring_in(
+    source: Path, folder: str | Path, kind: str | None = None, tokenizer: Path | None = None, *, overwrite: bool = False
+) -> Path:
     """Make a checkpoint out of a folder of kind hf, deepspeed or dcp (None: find out). Returns the step's folder.
 
     tokenizer: the model's tokenizer.json, or a folder with one; None: that of the folder, if it has one
@@ -18,7 +20,7 @@ def bring_in(source: Path, folder: str | Path, kind: str | None = None, tokenize
         raise CheckpointError(f"{source} is not a folder")
     kind = kind or kind_of(source)
     try:
-        return _bring_in(source, folder, kind, tokenizer)
+        return _bring_in(source, folder, kind, tokenizer, overwrite)
     except (CheckpointError, OSError):
         raise
     except Exception as error:  # whatever their readers, or ours, make of a file that is cut off or lacks a part
@@ -26,18 +28,18 @@ def bring_in(source: Path, folder: str | Path, kind: str | None = None, tokenize
         raise CheckpointError(f"{source}: as a folder of kind {kind} it is damaged or incomplete ({what})") from error
 
 
-def _bring_in(source: Path, folder: str | Path, kind: str, tokenizer: Path | None) -> Path:
+def _bring_in(source: Path, folder: str | Path, kind: str, tokenizer: Path | None, overwrite: bool) -> Path:
     if kind == "hf":
         from .hugging_face.importing import import_hf
 
-        return import_hf(source, folder, tokenizer)
+        return import_hf(source, folder, tokenizer, overwrite=overwrite)
     if kind == "deepspeed":
         from .deepspeed import import_deepspeed
 
-        return import_deepspeed(source, folder, tokenizer)
+        return import_deepspeed(source, folder, tokenizer, overwrite=overwrite)
     from .dcp import import_dcp
 
-    return import_dcp(source, folder, tokenizer)
+    return import_dcp(source, folder, tokenizer, overwrite=overwrite)
 
 
 def kind_of(source: Path) -> str:

@@ -30,7 +30,15 @@ from .compose import Source, compose
 from .inherited import inherit_tokenizer
 
 
-def upcycle(files: Files, folder: str | Path, experts: ExpertsConfig, *, noise: float = 0.0, seed: int = 0) -> Path:
+def upcycle(
+    files: Files,
+    folder: str | Path,
+    experts: ExpertsConfig,
+    *,
+    noise: float = 0.0,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Path:
     """Make a checkpoint (step 0, weights only) of a mixture out of a step of a dense decoder.
 
     Each expert is a copy of its layer's feed-forward plus normal noise, a function of (seed, name, index). Routers and shared
@@ -51,7 +59,7 @@ def upcycle(files: Files, folder: str | Path, experts: ExpertsConfig, *, noise: 
     how = {"format": "upcycled", "from": files.label(), "noise": noise, "seed": seed}
     tokenizer = inherit_tokenizer(files, manifest.state)
     state = {"config": {"model": dataclasses.asdict(model)}, "imported_from": how, **tokenizer.state}
-    return compose(folder, 0, sources, state, tokenizer.files)
+    return compose(folder, 0, sources, state, tokenizer.files, overwrite=overwrite)
 
 
 def _mixture_of(files: Files, manifest: Manifest, experts: ExpertsConfig, noise: float) -> DecoderConfig:

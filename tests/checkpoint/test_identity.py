@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from meshloom.checkpoint.folder import find_latest, list_steps, steps_newest_fir
 from meshloom.checkpoint.identity import UNNAMED, Parent, RunIdentity
 from meshloom.checkpoint.manifest import Manifest
 from meshloom.checkpoint.restore import holds_checkpoint, restore
+from meshloom.checkpoint.saving.commit import open_target
 from meshloom.checkpoint.tools import prune
 from support.checkpoint_runs import open_run, restored_step, save_steps
 from support.checkpoint_worlds import fragments, make_arrays
@@ -44,8 +46,9 @@ def names(folder: Path) -> list[str]:
     return steps_newest_first(open_files(folder))
 
 
-def bring_in(folder: Path, step: int = 0) -> None:
-    compose(folder, step, [Source("w", "weight", torch.float32, (2,), lambda: torch.ones(2))], {})
+def bring_in(folder: Path, step: int = 0, overwrite: bool = False) -> None:
+    sources = [Source("w", "weight", torch.float32, (2,), lambda: torch.ones(2))]
+    compose(folder, step, sources, {}, overwrite=overwrite)
 
 
 def head(step: Path) -> Manifest:
@@ -138,6 +141,7 @@ def test_an_import_does_not_count_beside_a_runs_own_steps(tmp_path: Path) -> Non
     bring_in(tmp_path / "imp")
     bring_in(tmp_path / "imp", 3)  # again, and another
     assert names(tmp_path / "imp") == ["step-00000003", "step-00000000"]
+    bring_in(tmp_path / "imp", 3, overwrite=True)
     checkpointer = open_run(tmp_path / "imp")
     checkpointer.begin_run(A)
     checkpointer.close()
@@ -146,6 +150,23 @@ def test_an_import_does_not_count_beside_a_runs_own_steps(tmp_path: Path) -> Non
     assert names(tmp_path / "imp") == ["step-00000002"]
     with pytest.raises(CheckpointError, match="holds a run's checkpoints"):
         bring_in(tmp_path / "imp", 9)
+
+
+def test_an_import_replaces_another_only_when_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def meanwhile(folder: Path, coordinator: bool) -> Any:
+        monkeypatch.undo()
+        bring_in(folder)  # another import, which had the lock first
+        return open_target(folder, coordinator)
+
+    monkeypatch.setattr("meshloom.checkpoint.convert.compose.open_target", meanwhile)
+    with pytest.raises(CheckpointError, match="has step-00000000 already; give another folder, or --overwrite"):
+        bring_in(tmp_path)
+    (before,) = tmp_path.glob("step-*")
+    inode = before.stat().st_ino
+    bring_in(tmp_path, overwrite=True)
+    (after,) = tmp_path.glob("step-*")
+    assert (after.name, after.stat().st_ino != inode) == ("step-00000000", True)
+    assert head(after).commit == 2
 
 
 def test_a_run_of_an_older_version_goes_on_in_its_folder(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from .folder import open_folder
 from .reading import check_head, read_box
 
 
-def import_hf(source: Path, folder: str | Path, tokenizer: Path | None = None) -> Path:
+def import_hf(source: Path, folder: str | Path, tokenizer: Path | None = None, *, overwrite: bool = False) -> Path:
     """Make a checkpoint (step 0, weights only) out of a Hugging Face folder. Host memory holds a part of an array at a time.
 
     Its state carries the model's recipe as `config.model`. Weights keep their values and types. Raises CheckpointError for a
@@ -33,4 +33,4 @@ def import_hf(source: Path, folder: str | Path, tokenizer: Path | None = None) -
         for array in opened.manifest.arrays.values()
         for box in parts(array)
     ]
-    return compose(folder, 0, sources, opened.manifest.state, opened.beside)
+    return compose(folder, 0, sources, opened.manifest.state, opened.beside, overwrite=overwrite)
