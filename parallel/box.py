@@ -37,6 +37,8 @@ class Box:
 
     def intersect(self, other: Box) -> Box | None:
         """Return the common region, or None if it is empty."""
+        if self == other and 0 not in self.shape:
+            return self
         offsets = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
         ends = tuple(min(a, b) for a, b in zip(self.ends, other.ends, strict=True))
         if any(end <= offset for offset, end in zip(offsets, ends, strict=True)):

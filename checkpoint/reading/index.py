@@ -19,6 +19,9 @@ from ..errors import DamageError
 from ..manifest import ITEM_BYTES, Manifest, StoredArray, StoredBox, entry_name
 from ..planning.columns import Integers
 
+PARTS_KEPT = 2**16
+"""Stored parts that are remembered for arrays cut alike, some 20 MB."""
+
 
 @dataclass(frozen=True)
 class FileIndex:
@@ -103,6 +106,8 @@ class Locator:
 
     def __post_init__(self) -> None:
         self._number_of = {file.rank: number for number, file in enumerate(self.manifest.files)}
+        self._known: dict[tuple[int, int, int, Box], list[tuple[int, Box]]] = {}
+        self._known_parts = 0
 
     def files_with(self, wanted: Iterable[tuple[StoredArray, Box]]) -> list[int]:
         """List the files, by number, whose indexes say where parts of these boxes are, and are not loaded yet."""
@@ -115,8 +120,18 @@ class Locator:
             return array.boxes
         return [self.indexes[number].find(array, part) for number, part in self._parts(array, box)]
 
-    def _parts(self, array: StoredArray, box: Box) -> Iterator[tuple[int, Box]]:
-        for rank, part in self.manifest.tilings[array.tiling].parts(array.item_bytes, array.turn, box):
-            if rank not in self._number_of:
-                raise DamageError(self.label, f"rank {rank} wrote a part of {array.key}, and has no file")
-            yield self._number_of[rank], part
+    def _parts(self, array: StoredArray, box: Box) -> list[tuple[int, Box]]:
+        """List the stored parts of an array that a box needs, each with the number of its file."""
+        key = (array.tiling, array.item_bytes, array.turn, box)
+        if key not in self._known:  # many arrays are cut alike, and each is asked for twice
+            parts: list[tuple[int, Box]] = []
+            for rank, part in self.manifest.tilings[array.tiling].parts(array.item_bytes, array.turn, box):
+                if rank not in self._number_of:
+                    raise DamageError(self.label, f"rank {rank} wrote a part of {array.key}, and has no file")
+                parts.append((self._number_of[rank], part))
+            self._known_parts += len(parts)
+            if self._known_parts > PARTS_KEPT:
+                self._known.clear()
+                self._known_parts = len(parts)
+            self._known[key] = parts
+        return self._known[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from meshloom.checkpoint.errors import DamageError
 from meshloom.checkpoint.files import LocalFiles, open_files
 from meshloom.checkpoint.folder import load_manifest, open_step
 from meshloom.checkpoint.manifest import Manifest
+from meshloom.checkpoint.planning.tiling import Tiling
+from meshloom.checkpoint.reading import index
 from meshloom.checkpoint.reading.index import FileIndex
 from meshloom.checkpoint.reading.reader import Reader
 from meshloom.checkpoint.restore import restore
@@ -50,6 +53,25 @@ def test_a_file_of_another_length_is_refused_by_who_reads_it(step: Path, version
     (blank,) = fragments(make_arrays(large=True), 1, 0, blank=True)
     with pytest.raises(DamageError, match=rf"{name}: the file has \d+ bytes, not \d+"):
         restore(step, blank, Control.alone())
+
+
+@pytest.mark.parametrize("kept", [index.PARTS_KEPT, 0])
+def test_parts_of_arrays_cut_alike_are_derived_once(step: Path, monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    parts, derived = Tiling.parts, list[int]()
+
+    def counted(tiling: Tiling, item_bytes: int, turn: int, box: Box | None = None) -> Iterator[tuple[int, Box]]:
+        derived.append(turn)
+        return parts(tiling, item_bytes, turn, box)
+
+    monkeypatch.setattr(Tiling, "parts", counted)
+    monkeypatch.setattr(index, "PARTS_KEPT", kept)
+    manifest = open_step(open_files(step))
+    array = max(manifest.arrays.values(), key=lambda each: each.bytes)
+    wanted = [(array, Box.whole(array.shape)), (array, Box((0,) * len(array.shape), array.shape))] * 2
+    first, *rest = Reader(open_files(step), manifest).read(wanted)
+    assert len(derived) == 1 and all(np.array_equal(first, other) for other in rest)
+    half = Box((0,) * len(array.shape), (array.shape[0] // 2, *array.shape[1:]))
+    assert np.array_equal(Reader(open_files(step), manifest).read([*wanted, (array, half), *wanted])[4], first[: half.shape[0]])
 
 
 def test_the_length_of_a_file_is_asked_for_once(step: Path) -> None:
