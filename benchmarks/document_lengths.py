@@ -15,7 +15,7 @@ from random import Random
 
 import numpy as np
 
-from meshloom.data.packing import best_fit
+from meshloom.data.samples.packing import best_fit
 
 K = 1024
 QUANTILES: dict[str, list[tuple[float, int]]] = {

@@ -20,7 +20,7 @@ from random import Random
 from arguments import read
 from document_lengths import QUANTILES, draw_length
 
-from meshloom.data.lengths import describe_lengths, length_histogram
+from meshloom.data.documents.lengths import describe_lengths, length_histogram
 
 LETTERS = "etaoinshrdlu"
 

@@ -17,7 +17,7 @@ from document_lengths import draw_length
 from numpy.typing import NDArray
 
 from meshloom.data.batch import MicroBatch, Sample
-from meshloom.data.packing import best_fit
+from meshloom.data.samples.packing import best_fit
 from meshloom.kernels.documents import Documents
 
 END = 0

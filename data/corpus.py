@@ -12,16 +12,16 @@ import xxhash
 from ..config.cache import cache_folder, expand_user
 from ..config.hashing import hash64
 from ..config.problems import ConfigError, Problem
-from .chat import MADE
 from .config import CorpusConfig, MixtureConfig, PackingConfig
-from .fill_in_the_middle import FillInTheMiddle
-from .order import Shuffled, StoredSamples, ValidationSamples
-from .packing import PACKINGS, pack
-from .prepare import tokenize_corpus, train_tokenizer
-from .reader import TokenShards
-from .shards import ShardError
-from .sources import DocumentSource
-from .tokenizer import SMALLEST_BPE, Tokenizer
+from .documents.chat import MADE
+from .documents.sources import DocumentSource
+from .samples.order import Shuffled, StoredSamples, ValidationSamples
+from .samples.packing import PACKINGS, pack
+from .shards.manifest import ShardError
+from .shards.reader import TokenShards
+from .tokenizing.fill_in_the_middle import FillInTheMiddle
+from .tokenizing.prepare import tokenize_corpus, train_tokenizer
+from .tokenizing.tokenizer import SMALLEST_BPE, Tokenizer
 from .version import NEWEST, version_problems
 
 

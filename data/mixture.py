@@ -15,13 +15,13 @@ from ..config.cache import cache_folder
 from ..config.hashing import hash64
 from ..config.problems import ConfigError, Problem
 from .batch import Samples
-from .blend import MixedSamples, apportion
 from .build import build_source
 from .config import MixtureConfig
 from .corpus import Corpus, Packed, TokenizerSettings
 from .node import DataNode
-from .shards import ShardError
-from .tokenizer import Tokenizer
+from .samples.blend import MixedSamples, apportion
+from .shards.manifest import ShardError
+from .tokenizing.tokenizer import Tokenizer
 from .validation import ValidationPart, WeightedParts, validation_parts
 from .version import version_problems
 

@@ -6,8 +6,8 @@ from typing import Protocol
 
 from ..config.problems import Problem
 from .batch import Samples
-from .order import StoredSamples
-from .tokenizer import Tokenizer
+from .samples.order import StoredSamples
+from .tokenizing.tokenizer import Tokenizer
 from .validation import WeightedParts
 
 

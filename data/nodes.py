@@ -6,17 +6,17 @@ from pathlib import Path
 
 from ..config.cache import expand_user
 from ..config.problems import ConfigError, Problem
-from .chat import ChatTemplate
 from .config import HfConfig, JsonlConfig, ParquetConfig, RecordConfig, ShardsConfig, StdlibConfig, TextConfig
 from .corpus import Corpus, Packed
-from .order import StoredSamples
-from .reader import TokenShards
-from .record_text import RecordText
-from .records import HuggingFace, JsonLines, ParquetFiles
-from .remote_shards import RemoteShards, is_remote
-from .shards import MANIFEST, ShardError
-from .sources import StandardLibrary, TextFiles
-from .tokenizer import Tokenizer
+from .documents.chat import ChatTemplate
+from .documents.record_text import RecordText
+from .documents.records import HuggingFace, JsonLines, ParquetFiles
+from .documents.sources import StandardLibrary, TextFiles
+from .samples.order import StoredSamples
+from .shards.manifest import MANIFEST, ShardError
+from .shards.reader import TokenShards
+from .shards.remote import RemoteShards, is_remote
+from .tokenizing.tokenizer import Tokenizer
 
 
 class Stdlib(Corpus):

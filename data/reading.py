@@ -16,7 +16,7 @@ from typing import TypeAlias
 from .batch import Samples
 from .mixture import Mixture
 from .node import DataNode
-from .rearranged import Rearranged
+from .samples.rearranged import Rearranged
 
 Read: TypeAlias = Mapping[str, Sequence[int]]
 """Source → what was read of it: see the module."""

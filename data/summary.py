@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from .corpus import Corpus, Packed
 from .mixture import Mixture
 from .node import DataNode
-from .packing import BestFit, Concatenated
-from .split import is_near
+from .samples.packing import BestFit, Concatenated
+from .tokenizing.split import is_near
 
 TOLD_PADDING = 0.01  # less goes without saying
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .blend import apportion
-from .order import StoredSamples
+from .samples.blend import apportion
+from .samples.order import StoredSamples
 
 if TYPE_CHECKING:
     from .node import DataNode

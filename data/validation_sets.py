@@ -15,8 +15,8 @@ from .config import DataConfig
 from .corpus import Packed
 from .mixture import Mixture
 from .node import DataNode
-from .order import StoredSamples, ValidationSamples
-from .shards import ShardError
+from .samples.order import StoredSamples, ValidationSamples
+from .shards.manifest import ShardError
 from .validation import ValidationPart, WeightedParts
 
 SHARED = ("seq_len", "document_mask", "version", "cache_dir", "verify")

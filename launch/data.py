@@ -67,9 +67,9 @@ def tokenize(arguments: TokenizeArguments) -> Path:
     """
     from ..config.cache import build_once, cache_folder
     from ..data.corpus import TokenizerSettings
-    from ..data.prepare import write_corpus
-    from ..data.records import HuggingFace, JsonLines, ParquetFiles
-    from ..data.sources import StandardLibrary, TextFiles
+    from ..data.documents.records import HuggingFace, JsonLines, ParquetFiles
+    from ..data.documents.sources import StandardLibrary, TextFiles
+    from ..data.tokenizing.prepare import write_corpus
 
     given, field = arguments.input, arguments.field
     kind, problems = arguments.kind, list[Problem]()
@@ -126,8 +126,8 @@ def _without_group(fix: str) -> str:
 
 def _kinds_of(files: Sequence[Path]) -> list[str]:
     """Return the kinds of which there are files, told by their contents, and for records by their endings."""
-    from ..data import formats
-    from ..data.records import JsonLines, ParquetFiles
+    from ..data.documents import formats
+    from ..data.documents.records import JsonLines, ParquetFiles
 
     found: set[str] = set()
     json_names = (*JsonLines.endings, *JsonLines.fallback_endings[0])
@@ -145,8 +145,8 @@ def _kinds_of(files: Sequence[Path]) -> list[str]:
 
 def describe_shards(path: Path) -> list[str]:
     """Verify the shard folders at `path`. Return a line for each. Raises ShardError naming a damaged file."""
-    from ..data.reader import TokenShards
-    from ..data.shards import MANIFEST
+    from ..data.shards.manifest import MANIFEST
+    from ..data.shards.reader import TokenShards
 
     folders = (
         [path]

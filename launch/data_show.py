@@ -80,7 +80,7 @@ def _sample(data: RunData, name: str, number: int) -> Sample:
 
 def sample_lines(sample: Sample, data: RunData, title: str, *, color: bool, ids: bool) -> Iterator[str]:
     """Yield a sample's lines: a head, then its documents. What carries no loss is dim, or without colours in ⟦…⟧."""
-    from ..data.sample_text import learned_positions, padding_of, sample_spans
+    from ..data.samples.sample_text import learned_positions, padding_of, sample_spans
 
     tokenizer = data.node.tokenizer
     padding = padding_of(sample, None if tokenizer is None else tokenizer.end_of_document)
@@ -108,7 +108,7 @@ def sample_lines(sample: Sample, data: RunData, title: str, *, color: bool, ids:
 
 def sample_as_json(sample: Sample, data: RunData, number: int) -> dict[str, Any]:
     """Return a sample as plain values: its spans, and the tokens and targets of every position."""
-    from ..data.sample_text import padding_of, sample_spans
+    from ..data.samples.sample_text import padding_of, sample_spans
 
     tokenizer = data.node.tokenizer
     return {

@@ -54,7 +54,7 @@ class Read:
 
 def data_statistics(data: RunData, samples: int) -> dict[str, Any]:
     """Return the numbers of a run's data, as plain values. samples: how many of their first ones are read."""
-    from ..data.lengths import describe_lengths, length_histogram
+    from ..data.documents.lengths import describe_lengths, length_histogram
     from ..data.summary import packed_sources, source_sizes
 
     config, planned = data.run.config, planned_samples(data.run)
@@ -94,7 +94,7 @@ def planned_samples(run: ResolvedRun) -> int | None:
 def read_samples(data: RunData, count: int) -> Read:
     """Read the first samples of a run's data, and count what they consist of."""
     from ..data.batch import document_lengths
-    from ..data.sample_text import learned_positions, padding_of
+    from ..data.samples.sample_text import learned_positions, padding_of
 
     samples, tokenizer = data.train(), data.node.tokenizer
     end = None if tokenizer is None else tokenizer.end_of_document

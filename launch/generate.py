@@ -18,8 +18,8 @@ from .exit_codes import BAD_CONFIG
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..data.chat import ChatTemplate
-    from ..data.tokenizer import Tokenizer
+    from ..data.documents.chat import ChatTemplate
+    from ..data.tokenizing.tokenizer import Tokenizer
     from ..trainer.generation import Text
 
 
@@ -276,7 +276,7 @@ def load_speaker(arguments: GenerateArguments) -> Speaker:
 
 def _template(checkpoint: Path | str, tokenizer: Tokenizer) -> tuple[ChatTemplate, list[int]]:
     """Return the chat template beside a checkpoint's tokenizer, and the tokens that end what the assistant says."""
-    from ..data.chat import ChatTemplate
+    from ..data.documents.chat import ChatTemplate
     from ..trainer.find_checkpoint import tokenizer_beside
 
     file = tokenizer_beside(checkpoint)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..data.tokenizer import Tokenizer
+    from ..data.tokenizing.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

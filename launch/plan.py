@@ -205,7 +205,7 @@ def show(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argpar
 
 def _collect(resolved: ResolvedRun, cluster: ClusterConfig | None, arguments: argparse.Namespace) -> _Shown:
     """Plan and predict a run, and collect what is to be said of it."""
-    from ..data.lengths import describe_lengths
+    from ..data.documents.lengths import describe_lengths
     from ..planner.host import available_memory
     from ..planner.time_tables import misfits
     from .plan_cluster import predict

@@ -76,7 +76,7 @@ def tell_errors(action: Callable[[], int], folder: str) -> int:
     folder: named where an error of the disk names no file
     """
     from ..checkpoint.errors import CheckpointError
-    from ..data.shards import ShardError
+    from ..data.shards.manifest import ShardError
     from ..trainer.launching import under_torchrun
 
     configure_log()

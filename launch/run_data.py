@@ -58,7 +58,7 @@ class RunData:
     def train(self) -> Samples:
         """Return the endless training samples, those left out by rewinds of its checkpoint among them as the run has them."""
         from ..checkpoint.restore import read_state
-        from ..data.left_out import LeftOut
+        from ..data.samples.left_out import LeftOut
         from ..trainer.build import training_samples
         from ..trainer.guard.journal import Journal, read_journal
 
@@ -110,7 +110,7 @@ def run_view(
 ) -> int:
     """Read a command's own options and the run's words, and show something. Return the exit code."""
     from ..checkpoint.errors import CheckpointError
-    from ..data.shards import ShardError
+    from ..data.shards.manifest import ShardError
 
     try:
         own, rest = parser.parse_known_args(list(words))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from meshloom.data.tokenizer import Tokenizer
+from meshloom.data.tokenizing.tokenizer import Tokenizer
 from support.tiny_run import ANY_DATA
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "tour.ipynb"

@@ -20,10 +20,10 @@ from ..config.nodes import Custom
 from ..config.problems import ConfigError, Problem
 from ..data.assignment import Dealer
 from ..data.batch import Samples
-from ..data.left_out import LeftOut
 from ..data.loader import Loader
 from ..data.node import DataNode
 from ..data.reading import read_on, shifted
+from ..data.samples.left_out import LeftOut
 from ..data.validation import ValidationPart
 from ..data.version import rules_version
 from ..models import build as models

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.problems import ConfigError, Problem
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizing.tokenizer import Tokenizer
 from .find_checkpoint import tokenizer_beside
 from .run import prepared_data
 from .saved_classes import refuse_unnamed_classes

@@ -18,7 +18,7 @@ from ..config.problems import ConfigError, Problem
 from ..config.progress_bar import progress
 from ..data.assignment import Dealer, Share
 from ..data.batch import IGNORED, GlobalBatch
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizing.tokenizer import Tokenizer
 from ..data.validation import ValidationPart, samples_of_parts, validation_parts
 from ..data.validation_sets import ValidationSets
 from ..parallel.engine import Engine, StepLoss

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..config.hashing import hash64
-from ..data.decoding import decode_behind
+from ..data.tokenizing.decoding import decode_behind
 from ..kernels.cached_attention import CachedAttention
 from ..models.protocol import BlockKernels, Model
 

@@ -52,7 +52,7 @@ def _token_name(tokenizer: Path | str, token: str | int | None) -> str | None:
     """Return the name of a token, which checkpoints of our own runs know by its id."""
     if not isinstance(token, int):
         return token
-    from ..data.tokenizer import Tokenizer  # a command line that imports nothing does without this library
+    from ..data.tokenizing.tokenizer import Tokenizer  # a command line that imports nothing does without this library
 
     try:
         return Tokenizer.load(Path(tokenizer), token).name_of(token)

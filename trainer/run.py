@@ -16,7 +16,7 @@ from ..data.assignment import Assigner
 from ..data.build import build_node
 from ..data.config import DataConfig
 from ..data.node import DataNode
-from ..data.order import Shuffled
+from ..data.samples.order import Shuffled
 from ..data.summary import data_notices, data_warnings
 from ..data.validation import ValidationPart
 from ..data.validation_sets import ValidationSets

@@ -9,7 +9,7 @@ import torch
 
 from ..config.duration import Unit
 from ..config.words import counted
-from ..data.order import Shuffled
+from ..data.samples.order import Shuffled
 from .build import Run, build_model
 from .schema import RunConfig
 

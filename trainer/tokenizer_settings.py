@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..checkpoint.convert.companions import COMPANIONS
 from ..config.cache import expand_user
-from ..data.chat import MADE, ChatTemplate
-from ..data.tokenizer import Tokenizer
+from ..data.documents.chat import MADE, ChatTemplate
+from ..data.tokenizing.tokenizer import Tokenizer
 
 
 def settings_folder(tokenizer: str | None, otherwise: Path | None = None) -> Path | None:

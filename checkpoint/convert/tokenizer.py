@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...data.tokenizer import Tokenizer
+from ...data.tokenizing.tokenizer import Tokenizer
 from ..errors import CheckpointError
 from .companions import COMPANIONS, SETTINGS, TOKENIZER
 

@@ -15,7 +15,7 @@ from heapq import heapify, heapreplace
 from itertools import pairwise
 
 from ...config.lazy import numpy as np
-from ...data.packing import best_fit
+from ...data.samples.packing import best_fit
 from .assignment import BLANK, HybridAssignment, Row, Shared, components, part_tokens
 from .cost import CostModel
 from .rectangles import Free, Rectangles

@@ -15,7 +15,7 @@ from meshloom.checkpoint.folder import list_steps, load_manifest, open_step, rea
 from meshloom.checkpoint.identity import RunIdentity
 from meshloom.checkpoint.manifest import Manifest
 from meshloom.config.names import name_fault
-from meshloom.data.shards import FileEntry, ShardError
+from meshloom.data.shards.manifest import FileEntry, ShardError
 from support.checkpoint_runs import restored_step, save_steps
 from support.old_formats import rewrite_as
 

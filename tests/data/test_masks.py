@@ -10,11 +10,11 @@ import pytest
 
 from meshloom.data.batch import IGNORED
 from meshloom.data.build import build_node
-from meshloom.data.chat import ChatTemplate
 from meshloom.data.config import JsonlConfig
-from meshloom.data.marked import MarkedText
+from meshloom.data.documents.chat import ChatTemplate
+from meshloom.data.documents.marked import MarkedText
 from meshloom.data.node import DataNode
-from meshloom.data.tokenizer import Tokenizer
+from meshloom.data.tokenizing.tokenizer import Tokenizer
 from meshloom.data.validation_sets import ValidationSets
 
 TEMPLATE = (

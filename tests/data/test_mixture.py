@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from meshloom.config.keys import Side
 from meshloom.config.problems import ConfigError
-from meshloom.data.blend import Blend, MixedSamples, apportion
 from meshloom.data.build import build_node
 from meshloom.data.config import MixtureConfig
 from meshloom.data.mixture import Mixture
 from meshloom.data.nodes import Jsonl
-from meshloom.data.order import ValidationSamples
-from meshloom.data.shards import ShardWriter
+from meshloom.data.samples.blend import Blend, MixedSamples, apportion
+from meshloom.data.samples.order import ValidationSamples
+from meshloom.data.shards.writer import ShardWriter
 from meshloom.data.validation import ValidationPart, samples_of_parts, validation_parts
 from meshloom.launch import data as command
 from meshloom.trainer.schema import make_composer

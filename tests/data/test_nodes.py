@@ -19,18 +19,19 @@ from scipy import stats
 from meshloom.config.hashing import hash64
 from meshloom.config.nodes import build
 from meshloom.config.problems import ConfigError
-from meshloom.data import nodes, prepare
+from meshloom.data import nodes
 from meshloom.data.batch import IGNORED
 from meshloom.data.build import build_node
 from meshloom.data.config import CorpusConfig, JsonlConfig, MixtureConfig, PackingConfig, SyntheticConfig, TextConfig
 from meshloom.data.corpus import Corpus, Packed
+from meshloom.data.documents.records import JsonLines
+from meshloom.data.documents.sources import TextFiles
 from meshloom.data.mixture import Mixture
-from meshloom.data.records import JsonLines
-from meshloom.data.shards import ShardError
-from meshloom.data.sources import TextFiles
+from meshloom.data.shards.manifest import ShardError
 from meshloom.data.summary import data_notices, data_warnings, source_sizes
 from meshloom.data.synthetic import Synthetic
-from meshloom.data.tokenizer import Tokenizer
+from meshloom.data.tokenizing import prepare
+from meshloom.data.tokenizing.tokenizer import Tokenizer
 from meshloom.trainer.schema import make_composer
 from meshloom.trainer.typed import typed_config, typed_node
 from support.ranks import run_ranks

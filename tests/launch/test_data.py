@@ -18,9 +18,9 @@ from meshloom.config.problems import ConfigError
 from meshloom.data.config import MixtureConfig, ShardsConfig
 from meshloom.data.mixture import Mixture
 from meshloom.data.nodes import Tokenized
-from meshloom.data.reader import TokenShards
-from meshloom.data.shards import ShardError
-from meshloom.data.tokenizer import Tokenizer
+from meshloom.data.shards.manifest import ShardError
+from meshloom.data.shards.reader import TokenShards
+from meshloom.data.tokenizing.tokenizer import Tokenizer
 from meshloom.launch.cli import main as meshloom
 from meshloom.launch.data import main
 

@@ -13,7 +13,7 @@ import torch
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
-from meshloom.data.tokenizer import END_OF_DOCUMENT, Tokenizer
+from meshloom.data.tokenizing.tokenizer import END_OF_DOCUMENT, Tokenizer
 from meshloom.launch.generate import main
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment

@@ -20,8 +20,8 @@ import torch
 from meshloom.config.duration import Duration, Unit
 from meshloom.data.assignment import Assigner, Dealer, Share
 from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch, Sample
-from meshloom.data.left_out import LeftOut
 from meshloom.data.loader import Loader
+from meshloom.data.samples.left_out import LeftOut
 from meshloom.models.mixture.balance_config import BalanceConfig
 from meshloom.optim.batch.config import FixedConfig
 from meshloom.optim.batch.controller import Fixed

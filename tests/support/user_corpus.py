@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from meshloom.data.config import CorpusConfig
 from meshloom.data.corpus import Corpus
-from meshloom.data.sources import TextFiles
+from meshloom.data.documents.sources import TextFiles
 from meshloom.data.version import NEWEST
 
 

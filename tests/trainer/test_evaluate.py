@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from meshloom.data.batch import Sample
-from meshloom.data.order import ValidationSamples
-from meshloom.data.tokenizer import Tokenizer
+from meshloom.data.samples.order import ValidationSamples
+from meshloom.data.tokenizing.tokenizer import Tokenizer
 from meshloom.launch.evaluate import main, read_arguments, resolve_evaluation
 from meshloom.trainer import evaluate as evaluate_module
 from meshloom.trainer.evaluate import AT_ONCE, batches_of, evaluate, perplexity

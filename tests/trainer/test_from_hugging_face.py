@@ -14,7 +14,7 @@ from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import open_step
 from meshloom.checkpoint.reading.compare import diff, read_array
 from meshloom.checkpoint.restore import restore
-from meshloom.data.tokenizer import Tokenizer
+from meshloom.data.tokenizing.tokenizer import Tokenizer
 from meshloom.launch.checkpoint import main
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from meshloom.config.structured import literal
-from meshloom.data.tokenizer import Tokenizer
+from meshloom.data.tokenizing.tokenizer import Tokenizer
 from meshloom.models.decoder import Decoder
 from meshloom.trainer.build import build_model
 from meshloom.trainer.generation import Sampling, cache_blocker, generate_texts, likelihoods

@@ -9,7 +9,7 @@ import pytest
 
 from meshloom.config.compose import Composition
 from meshloom.config.problems import ConfigError
-from meshloom.data.tokenizer import Tokenizer
+from meshloom.data.tokenizing.tokenizer import Tokenizer
 from meshloom.trainer.imported_config import import_config
 from meshloom.trainer.schema import make_composer
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from meshloom.data.tokenizer import Tokenizer
+from meshloom.data.tokenizing.tokenizer import Tokenizer
 from meshloom.models.config import DecoderConfig
 from meshloom.models.decoder import Decoder
 from meshloom.trainer import tasks

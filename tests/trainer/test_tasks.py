@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from meshloom.data.tokenizer import Tokenizer
+from meshloom.data.tokenizing.tokenizer import Tokenizer
 from meshloom.launch.evaluate import main, read_arguments, resolve_evaluation
 from meshloom.models.config import DecoderConfig
 from meshloom.models.decoder import Decoder

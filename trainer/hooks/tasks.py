@@ -14,7 +14,7 @@ import torch
 
 from ...config.duration import Duration
 from ...config.per_host import after_first_on_host
-from ...data.tokenizer import Tokenizer
+from ...data.tokenizing.tokenizer import Tokenizer
 from ...models.protocol import Model
 from ...parallel.heartbeat import Phase
 from ..all_ranks import PeerFailed, raise_on_all_ranks

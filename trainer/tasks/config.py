@@ -9,7 +9,7 @@ from ...config.cache import expand_user
 from ...config.duration import Duration
 from ...config.keys import Side, key
 from ...config.problems import Problem
-from ...data.formats import missing_extra
+from ...data.documents.formats import missing_extra
 
 
 @dataclass(frozen=True)

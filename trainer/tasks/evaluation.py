@@ -17,7 +17,7 @@ import numpy as np
 from ...config.cache import expand_user
 from ...config.problems import ConfigError, Problem
 from ...config.words import first_line
-from ...data.formats import import_extra
+from ...data.documents.formats import import_extra
 from ..all_ranks import raise_on_all_ranks
 from .config import TasksConfig
 from .scoring import LongerThanContext

@@ -20,7 +20,7 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 )
 from torch import nn
 
-from ...data.tokenizer import Tokenizer
+from ...data.tokenizing.tokenizer import Tokenizer
 from ...models.protocol import BlockKernels, Model
 from ...parallel.heartbeat import Phase
 from ...parallel.mesh import Mesh

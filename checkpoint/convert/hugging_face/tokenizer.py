@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ....data.tokenizer import Tokenizer
+from ....data.tokenizing.tokenizer import Tokenizer
 from ...errors import CheckpointError
 from ...files import Files, LocalFiles
 from ..companions import COMPANIONS, SETTINGS, TOKENIZER

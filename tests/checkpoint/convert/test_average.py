@@ -14,7 +14,7 @@ from meshloom.checkpoint.convert.compose import Source, compose
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
 from meshloom.checkpoint.reading.compare import read_array
-from meshloom.data.tokenizer import Tokenizer
+from meshloom.data.tokenizing.tokenizer import Tokenizer
 from meshloom.launch.checkpoint import main
 from meshloom.launch.generate import main as generate
 from meshloom.models.config import DecoderConfig

@@ -11,7 +11,7 @@ from tokenizers import models
 
 from meshloom.checkpoint.convert.tokenizer import carry_tokenizer
 from meshloom.checkpoint.errors import CheckpointError
-from meshloom.data.tokenizer import Tokenizer
+from meshloom.data.tokenizing.tokenizer import Tokenizer
 
 
 def tokenizer(folder: Path, end: str) -> Path:

@@ -13,7 +13,7 @@ import torch
 from meshloom.checkpoint.files import LocalFiles
 from meshloom.checkpoint.saving.commit import steps_to_prune
 from meshloom.data.batch import IGNORED, Sample
-from meshloom.data.left_out import LeftOut
+from meshloom.data.samples.left_out import LeftOut
 from meshloom.models.mixture.balance_config import BalanceConfig
 from meshloom.optim.build import build_optimizer
 from meshloom.optim.optimizers.config import AdamWConfig, AdEMAMixConfig, AGVMConfig, LionConfig, OptimConfig

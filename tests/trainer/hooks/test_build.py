@@ -11,7 +11,7 @@ import torch
 
 from meshloom.data.assignment import Share
 from meshloom.data.batch import Sample
-from meshloom.data.tokenizer import Tokenizer
+from meshloom.data.tokenizing.tokenizer import Tokenizer
 from meshloom.data.validation import ValidationPart
 from meshloom.trainer.hooks.build import HookParts, build_evaluation, build_hooks
 from meshloom.trainer.hooks.saving import Saving

@@ -16,7 +16,7 @@ from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
-from meshloom.data.tokenizer import Tokenizer
+from meshloom.data.tokenizing.tokenizer import Tokenizer
 from meshloom.launch.checkpoint import main
 from meshloom.parallel.box import Box
 from meshloom.parallel.fragment import Fragment

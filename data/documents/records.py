@@ -1,0 +1,350 @@
+"""Documents in records: JSON lines, parquet, and Hugging Face `datasets`."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import logging
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, cast
+
+import xxhash
+
+from ...config.problems import Problem
+from ..version import NEWEST
+from . import formats
+from .formats import import_extra, missing_extra
+from .record_text import MemberError, RecordText
+from .sources import FileSource, files_below, identity_of
+
+log = logging.getLogger(__name__)
+
+_MARK = codecs.BOM_UTF8
+_FIXES = {
+    "field": "name the member that holds the text",
+    "prompt": "name the member that holds the text before it",
+    "messages": "name the member that holds the conversation",
+}
+"""Key that names a member → what to do where no record has it."""
+
+
+class TextCount:
+    """Counts the records of a source, and those without a text, which make no document."""
+
+    def __init__(self) -> None:
+        self._records = self._empty = 0
+        self._told = False
+
+    def nonempty(self, texts: Iterable[str]) -> Iterator[str]:
+        """Yield the texts that are not empty."""
+        self._records = self._empty = 0
+        for text in texts:
+            self._records += 1
+            if text:
+                yield text
+            else:
+                self._empty += 1
+
+    def warn(self, name: str, record: RecordText) -> None:
+        """Warn, the first time that all records were read, of those without a text."""
+        if self._empty and not self._told:
+            of = f"{self._empty:,} of {self._records:,} records ({self._empty / self._records:.1%})"
+            key, field = record.learned
+            log.warning("data.%s: %s of data=%s have no text in '%s' (null or empty) and are left out", key, of, name, field)
+        self._told = True
+
+
+class RecordFiles(FileSource):
+    """Files of records; the document is the text in `field`. Warns, once all are read, of records without a text.
+
+    record  how a record becomes a document, where that is not its field alone
+    """
+
+    def __init__(
+        self,
+        input: str | Sequence[str] | None,
+        field: str = "text",
+        version: int = NEWEST,
+        record: RecordText | None = None,
+    ) -> None:
+        super().__init__(input, version)
+        self.record = record or RecordText(field)
+        self._count = TextCount()
+
+    @property
+    def masked(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """True if only a part of each document carries loss."""
+        return self.record.masked
+
+    def settings(self) -> str:
+        """Name the settings that decide the documents: the members that are read, and how."""
+        return f"{self.name} {self.record.settings}"
+
+    def problems(self, key: str) -> list[Problem]:
+        """Check the files, and how their records are read."""
+        return self.record.problems(key) or super().problems(key)
+
+    @abstractmethod
+    def texts(self, path: Path) -> Iterator[str]:
+        """Yield the text of each record of one file; "" where it has none."""
+
+    def read(self, path: Path) -> Iterator[str]:
+        """Yield the documents of one file."""
+        return filter(None, self.texts(path))
+
+    def documents(self) -> Iterator[str]:
+        """Yield the documents of all files."""
+        self._warn_of_skipped_files()
+        yield from self._count.nonempty(text for path in self.files() for text in self.texts(path))
+        self._count.warn(self.name, self.record)
+
+
+class JsonLines(RecordFiles):
+    """Files of JSON records, plain or compressed; the document is the text in `field`.
+
+    A file has an object per line, or objects one behind the other, or one array of objects. Arrays and objects that span lines
+    are held in memory while they are read.
+    """
+
+    name = "jsonl"
+    endings = tuple(f"{name}{packed}" for name in (".jsonl", ".ndjson") for packed in ("", ".gz", ".zst", ".bz2", ".xz"))
+    # As C4 and Dolma name their documents. A bare .json beside others is metadata.
+    fallback_endings = ((".json.gz", ".json.zst", ".json.bz2", ".json.xz"), (".json",))
+
+    def file_problems(self, key: str, path: Path) -> list[Problem]:
+        """Check that the file can be read and that its first record has the field."""
+        found = super().file_problems(key, path)
+        if found:
+            return found
+        record = _first_record(formats.head(path))
+        try:
+            if record is not None:
+                self._text(record)
+        except ValueError as problem:
+            if isinstance(problem, MemberError):
+                what, by = f"'{path}' has {problem}", problem.key
+            else:
+                verb = "" if isinstance(record, dict) else "is "  # a conversation's problem has its own
+                what, by = f"the first record of '{path}' {verb}{problem}", self.record.learned[0]
+            found.append(Problem(f"{key}.{by}", what, _FIXES[by]))
+        return found
+
+    def may_hold_data(self, path: Path) -> bool:
+        """Return whether a file that is left out may be data: a bare .json only if its first record has the field."""
+        record = _first_record(formats.head(path)) if path.suffix == ".json" else None
+        return path.suffix != ".json" or (
+            isinstance(record, dict) and all(name in record for name in self.record.members.values())
+        )
+
+    def texts(self, path: Path) -> Iterator[str]:
+        """Yield the text of each record of one file; "" where it has none."""
+        for place, record in self._records(path):
+            try:
+                text = self._text(record)
+            except ValueError as problem:
+                raise ValueError(f"{path}, {place}: {problem}") from problem
+            yield text
+
+    def _records(self, path: Path) -> Iterator[tuple[str, Any]]:
+        """Yield the records of one file, each with its place."""
+        if _layout(formats.head(path)) is not _Layout.LINES:
+            yield from _whole_records(path)
+            return
+        for number, line in enumerate(formats.lines(path), 1):
+            if line.strip():
+                try:
+                    yield f"line {number}", json.loads(line)
+                except UnicodeDecodeError as problem:
+                    raise ValueError(f"{path}, line {number}: {'; '.join(formats.not_utf8(path, problem))}") from problem
+                except (ValueError, RecursionError) as problem:
+                    raise ValueError(f"{path}, line {number}: {problem}") from problem
+
+    def _text(self, record: Any) -> str:
+        if not isinstance(record, dict):
+            raise ValueError("not a JSON object")
+        return self.record.of(cast(dict[str, Any], record))
+
+
+class _Layout(Enum):
+    """The arrangement of records in a file of JSON."""
+
+    LINES = "an object per line"
+    VALUES = "objects that span lines"
+    ARRAY = "an array of objects"
+
+
+def _layout(start: bytes) -> _Layout:
+    """Tell the layout by the first bytes of a file."""
+    start = start.removeprefix(_MARK).lstrip()
+    if start.startswith(b"["):
+        return _Layout.ARRAY
+    line, ended, rest = start.partition(b"\n")
+    if not ended or not line.startswith(b"{") or not rest.strip():
+        return _Layout.LINES
+    return _Layout.VALUES if line.rstrip().endswith((b",", b"{", b"[", b":")) else _Layout.LINES
+
+
+def _whole_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the records of a file that is an array of them, or has one behind the other, each with its place."""
+    try:
+        text = b"".join(formats.blocks(path)).decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{path}: {'; '.join(formats.not_utf8(path, problem))}") from problem
+    place, number = _past_space(text, 0), 0
+    while place < len(text):
+        try:
+            value, place = json.JSONDecoder().raw_decode(text, place)
+        except (ValueError, RecursionError) as problem:
+            line = problem.lineno if isinstance(problem, json.JSONDecodeError) else 1
+            raise ValueError(f"{path}, line {line}: {problem}") from problem
+        for record in cast(list[Any], value) if isinstance(value, list) else [value]:
+            number += 1
+            yield f"record {number}", record
+        place = _past_space(text, place)
+
+
+def _past_space(text: str, place: int) -> int:
+    while place < len(text) and text[place] in " \t\r\n":
+        place += 1
+    return place
+
+
+def _first_record(start: bytes) -> Any | None:
+    """Parse the first record of a file by its first bytes; None where it is longer, or no JSON."""
+    text = start.removeprefix(_MARK).decode(errors="ignore").lstrip().removeprefix("[").lstrip()
+    try:
+        return json.JSONDecoder().raw_decode(text)[0]
+    except (ValueError, RecursionError):
+        return None
+
+
+class ParquetFiles(RecordFiles):
+    """Parquet files; the document is the text in the column `field`."""
+
+    name = "parquet"
+    endings = (".parquet",)
+
+    def size(self) -> int | None:
+        """Return None: files are compressed."""
+        return None
+
+    def problems(self, key: str) -> list[Problem]:
+        """Check that files match, and that the library is there."""
+        return missing_extra("pyarrow", "parquet", key, "data=parquet") or super().problems(key)
+
+    def file_problems(self, key: str, path: Path) -> list[Problem]:
+        """Check that the file is a Parquet file with the column."""
+        parquet = import_extra("pyarrow.parquet", "parquet", f"reading {path}")
+        try:
+            names: list[str] = parquet.read_schema(path).names
+        except (ValueError, OSError) as problem:  # the library's own errors derive from these two
+            return [Problem(f"{key}.input", f"'{path}' can't be read as Parquet ({problem})", "give Parquet files alone")]
+        return [
+            Problem(f"{key}.{by}", f"'{path}' has no column '{name}' among {', '.join(names)}", _FIXES[by])
+            for by, name in self.record.members.items()
+            if name not in names
+        ]
+
+    def texts(self, path: Path) -> Iterator[str]:
+        """Yield the text of each row of one file; "" where it has none."""
+        parquet = import_extra("pyarrow.parquet", "parquet", f"reading {path}")
+        try:
+            with parquet.ParquetFile(path) as file:
+                names: list[str] = file.schema_arrow.names
+                for key, name in self.record.members.items():
+                    if name not in names:
+                        raise MemberError(key, f"no column '{name}' (data.{key}) among {', '.join(names)}")
+                for batch in file.iter_batches(batch_size=1024, columns=[*self.record.members.values()]):
+                    yield from map(self.record.of, batch.to_pylist())
+        except (ValueError, OSError) as problem:  # the library's own errors derive from these two
+            raise ValueError(f"{path}: {problem}") from problem
+
+
+class HuggingFace:
+    """A data set of the Hugging Face `datasets` library, streamed; the document is the text in `field`.
+
+    Its identity is its name: pin `revision`, so that the same recipe means the same data next year. That of a folder is its
+    contents and the names of its files.
+    """
+
+    name = "hf"
+
+    def __init__(
+        self,
+        path: str | None,
+        subset: str | None = None,
+        split: str = "train",
+        field: str = "text",
+        revision: str | None = None,
+        record: RecordText | None = None,
+    ) -> None:
+        self.path = path
+        self.subset = subset
+        self.split = split
+        self.record = record or RecordText(field)
+        self.revision = revision
+        self._count = TextCount()
+
+    def problems(self, key: str) -> list[Problem]:
+        """Check that a data set is named, and that the library is there."""
+        found = missing_extra("datasets", "hf", key, "data=hf")
+        if not self.path:
+            found.append(Problem(f"{key}.path", "no data set is named", "give owner/name, or a folder"))
+        return found + self.record.problems(key)
+
+    @property
+    def masked(self) -> bool:
+        """True if only a part of each document carries loss."""
+        return self.record.masked
+
+    @property
+    def _read(self) -> str:
+        """The columns that are read of a row, for the identity."""
+        return self.record.settings if self.record.masked else self.record.field
+
+    def identity(self, memo: Path) -> str:
+        """Digest name, subset, split, revision and what is read of a row; of a folder its files and their names."""
+        folder = Path(self.path or "")
+        if self.path and folder.is_dir():  # the library prefers a folder to a name, too
+            files = list(files_below(folder))
+            names = [path.relative_to(folder).as_posix() for path in files]  # the library tells splits and subsets by them
+            return identity_of(files, json.dumps(["hf", self.subset, self.split, self.revision, self._read, names]), memo)
+        inputs = ["hf", self.path, self.subset, self.split, self.revision, self._read]
+        return xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode())
+
+    def size(self) -> int | None:
+        """Return None: unknown."""
+        return None
+
+    def documents(self) -> Iterator[str]:
+        """Yield the documents as they stream in."""
+        yield from self._count.nonempty(self._texts())
+        self._count.warn(self.name, self.record)
+
+    def _texts(self) -> Iterator[str]:
+        """Yield the text of each row; "" where it has none."""
+        library = import_extra("datasets", "hf", "data=hf")
+        what = f"data set {self.path} ({self.split})"
+        try:
+            rows = library.load_dataset(self.path, self.subset, split=self.split, revision=self.revision, streaming=True)
+        except Exception as problem:  # the library, the hub and the network raise many types
+            raise ValueError(f"{what} can't be opened: {problem}") from problem
+        number = 0
+        stream = iter(rows)
+        while True:
+            try:
+                row = next(stream)
+            except StopIteration:
+                return
+            except Exception as problem:  # rows are read from the network one by one
+                place = f"behind row {number - 1}" if number else "at the first row"
+                raise ValueError(f"{what}, {place}: {problem}") from problem
+            try:
+                text = self.record.of(row)
+            except ValueError as problem:
+                raise ValueError(f"{what}, row {number}: {problem}") from problem
+            yield text
+            number += 1
