@@ -2,7 +2,7 @@
 
 Between them a method like Newton–Schulz makes the update from what `momentum_update` writes. Per element, with an fp32
 gradient and updates and copies in bf16, the first reads gradient and momentum and writes momentum and lookahead: 14 bytes. The
-second reads update and weight and writes weight and copy: 14 bytes.
+second reads update and weight and writes weight and copy: 12 bytes.
 
 Imported only where Triton is at hand.
 """

@@ -20,7 +20,7 @@ from ..parallel.layout import Layout, layout_problems
 from ..parallel.legality import is_legal
 from ..parallel.limits import float8_layout_problems, masters_problems
 from ..planner.cluster import GIB, ClusterConfig
-from ..planner.prediction import KINDS
+from ..planner.cost import KINDS
 from ..planner.search import KEYS, Candidate, Question, Settings, difference, limit_of, planned, search, smallest_cluster
 from ..planner.step_time import matrices_of
 from ..planner.tables import gib, right

@@ -54,6 +54,7 @@ def tried_optimizer(make: OptimizerFactory) -> OptimizerBytes:
             return OptimizerNeeds(None)
         values = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
         size = sum(value.numel() * value.element_size() for value in values if value.dim())
-        return OptimizerNeeds(size, isinstance(optimizer, FusedStep), isinstance(optimizer, RoundedStep))
+        moments = size / max(1, sum(each.padded for _, each in shards))
+        return OptimizerNeeds(size, isinstance(optimizer, FusedStep), isinstance(optimizer, RoundedStep), moments=moments)
 
     return count

@@ -165,20 +165,23 @@ def _fit_attention(cluster: ClusterConfig, found: Measured) -> dict[str, float]:
 
 
 def _fit_collectives(cluster: ClusterConfig, found: Sequence[Collective]) -> dict[str, float]:
-    """Fit bandwidth and latency, inside a node and across nodes."""
+    """Fit bandwidth and latency, inside a node and across nodes, of relative errors: a large message counts as a small one."""
     rates = dict[str, float]()
     for across in (False, True):
+        rows: list[tuple[float, float]] = []
         mine = [each for each in found if (each.nodes > 1) is across and each.ranks > 1]
-        if not mine:
+        for each in mine:
+            # A ring across nodes has the latency of each node's ranks, too (`network.group`).
+            inside = rates.get("latency", cluster.rates.latency) * (each.ranks // each.nodes - 1) if across else 0.0
+            left = max(each.seconds - inside, 0.2 * each.seconds)
+            hops = (each.nodes if across else each.ranks) - 1
+            rows.append((each.size * (each.ranks - 1) / each.ranks / left, hops / left))
+        if not rows:
             continue
-        rows = [(each.size * (each.ranks - 1) / each.ranks / each.seconds, 1 / each.seconds) for each in mine]
         inverse, latency = _least_squares(rows)
-        if across:
-            peak = node_bytes(cluster, max(each.ranks for each in mine))
-            rates |= {"network": min(1.0, 1 / inverse / peak), "network_latency": latency / max(e.nodes - 1 for e in mine)}
-        else:
-            peak = cluster.link * 1e9
-            rates |= {"link": min(1.0, 1 / inverse / peak), "latency": latency / max(e.ranks - 1 for e in mine)}
+        peak = node_bytes(cluster, max(each.ranks for each in mine)) if across else cluster.link * 1e9
+        share, hop = ("network", "network_latency") if across else ("link", "latency")
+        rates |= {share: min(1.0, 1 / inverse / peak), hop: latency}
     return rates
 
 

@@ -31,10 +31,13 @@ from .orders import Order, pipeline_order, repeated
 from .parameters import CELL, Inventory
 from .timeline import Costs, Timeline, peak, simulate
 
+KINDS = ("weights", "gathered", "gradients", "optimizer", "activations", "working", "update")
+"""Fields of `RankCost` that tell what fills a GPU. The last ones do not all peak together."""
+
 
 @dataclass(frozen=True)
 class RankCost:
-    """One pipeline coordinate's costs: those of its ranks with the largest shards. Bytes, but for the first three.
+    """One pipeline coordinate's costs: those of its ranks with the largest shards. Bytes, but for the first four.
 
     layers      layers of each of its stages
     elements    parameters that it holds the master of
@@ -46,9 +49,12 @@ class RankCost:
     optimizer   state of the optimizer; None where it can't be known before it runs
     held        gradients that earlier micro-batches have left when a forward pass ends
     activations kept for backward passes, at most at once
-    working     what lives for moments: the loss's logits, one block's backward pass, buffers between stages; and, though it is
-                kept, what weights and gradients are sent from and received in by copy engines
+    working     what lives for moments: the loss's logits, one block's backward pass, buffers between stages; and `buffers`
     late        of that the part beside all gradients, without the loss, whose memory is free again by then
+    update      at most during the optimizer's update, when activations are free: gradients as it reads them, what it holds for
+                updates of whole matrices, and masters that exist only then; without `buffers`
+    buffers     of copy engines, which are kept: a part of `working` and `late`
+    needs       of the optimizer, wherever its state is
     """
 
     layers: list[range]
@@ -63,6 +69,9 @@ class RankCost:
     activations: int
     working: int
     late: int
+    update: int
+    buffers: int
+    needs: OptimizerNeeds
 
     def whole(self, layout: Layout) -> int:
         """Return the elements of its weights where they are gathered."""
@@ -71,9 +80,9 @@ class RankCost:
     @property
     def total(self) -> int:
         """Peak bytes, by this account. Activations are freed as gradients appear, so the peak is at the end of the forward
-        pass, where the loss is computed, or of the last backward pass.
+        pass, where the loss is computed, of the last backward pass, or in the update.
         """
-        most = max(self.held + self.activations + self.working, self.gradients + self.late)
+        most = max(self.held + self.activations + self.working, self.gradients + self.late, self.update + self.buffers)
         return self.weights + self.gathered + (self.optimizer or 0) + most
 
 
@@ -166,7 +175,7 @@ def _rank_cost(
         if group.name not in (lent if at == owner else {*lent, CELL})
     ]
     needs = optimizer(own, PRECISIONS[job.precision].accum_bytes)
-    weights, parcels = _WeightBytes(0, 0, 0, 0), 0
+    weights, parcels = _WeightBytes(0, 0, 0, 0, 0), 0
     for experts in (False, True):
         part = [group for group in held if group.experts is experts]
         if part:
@@ -192,6 +201,9 @@ def _rank_cost(
         activations=_activation_bytes(rank, model, plan, job, forward_pass, hidden, order),
         working=_working_bytes(model, job, forward_pass, loss=last in mine) + beside,
         late=_working_bytes(model, job, forward_pass, loss=False) + beside,
+        update=weights.update,
+        buffers=parcels,
+        needs=needs,
     )
 
 
@@ -203,6 +215,7 @@ class _WeightBytes:
     gathered: int
     gradients: int
     left: int
+    update: int
 
     def plus(self, other: _WeightBytes) -> _WeightBytes:
         """Add those of other weights."""
@@ -226,7 +239,7 @@ def _weight_bytes(
         narrow = _narrow_gradients(held, layout, job, needs)
     else:
         found, narrow = _fully_sharded_weights(held, model, parallel, layout, job, parcels=parcels), False
-    return replace(found, gradients=found.gradients + _update_bytes(held, job, needs, narrow=narrow))
+    return replace(found, update=found.update + _update_bytes(held, job, needs, narrow=narrow))
 
 
 def _narrow_gradients(held: Sequence[WeightGroup], layout: Layout, job: Job, needs: OptimizerNeeds) -> bool:
@@ -263,7 +276,7 @@ def _fully_sharded_weights(
     moving = max(groups.values()) * (unit if exchanged else unit + exact)
     gradients = shards + (whole * exact if accumulates else moving)
     left = 0 if parallel.pp == 1 and job.micro_batches == 1 else whole * exact if accumulates else shards
-    return _WeightBytes(shards, at_once * unit, gradients, left)
+    return _WeightBytes(shards, at_once * unit, gradients, left, update=shards)
 
 
 def _whole_weights(
@@ -284,13 +297,14 @@ def _whole_weights(
     away = 2 * (exact if accumulates else unit) if shared and not parcels else 0
     moving = max(group.whole for group in held) * (away + (0 if shared and accumulates else unit))
     gradients = shards + (whole * exact if accumulates and shared else 0) + moving
+    update = shards
     if _narrow_gradients(held, layout, job, needs):
-        gradients = whole * unit  # they go to the optimizer as they are
+        gradients = update = whole * unit  # they go to the optimizer as they are
     left = 0 if job.micro_batches == 1 else whole * exact if accumulates else shards
-    if job.masters != "full":  # they are there during the update alone, when the gradients are, if it needs them
-        masters = 0 if needs.rounded else shards
-        return _WeightBytes(shards // 2 if job.masters == "bf16_kahan" else 0, gathered, gradients + masters, left)
-    return _WeightBytes(shards, gathered, gradients, left)
+    if job.masters != "full":  # they exist during the update alone, if it needs them
+        kept, made = shards // 2 if job.masters == "bf16_kahan" else 0, 0 if needs.rounded else shards
+        return _WeightBytes(kept, gathered, gradients, left, update + made)
+    return _WeightBytes(shards, gathered, gradients, left, update)
 
 
 def level_bytes(held: Sequence[WeightGroup], parallel: ParallelConfig, layout: Layout, job: Job) -> int:

@@ -83,7 +83,7 @@ def deepspeed_cost(
     sizes = _Sizes(model, ranks, limit)
     whole, shard = parameter_total(model.parameters), sizes.shard
     bucket = _bucket(keys, stage, unit, whole)
-    away, working, optimizer = OffloadAccount(), rank.working, rank.optimizer
+    away, update, optimizer = OffloadAccount(), 0, rank.optimizer
     masters = 4 * shard if stage else 0  # stage 0 updates the weights themselves
     if stage == 0:
         gradients = 4 * whole
@@ -96,8 +96,7 @@ def deepspeed_cost(
         gradients = 4 * whole + (unit * whole if unit == 2 else 4 * shard + bucket)
     else:
         gradients = 4 * shard + bucket
-        # The update comes when activations are gone.
-        working = max(working, 4 * min(shard, max(sizes.sub_groups if stage == 3 else sizes.groups)) - rank.activations)
+        update = gradients + 4 * min(shard, max(sizes.sub_groups if stage == 3 else sizes.groups))
     weights, gathered = masters, 0
     if stage == 0:
         weights = 4 * whole
@@ -117,7 +116,7 @@ def deepspeed_cost(
         else:
             away = replace(away, host=away.host + second)
     state = {"weights": weights, "gathered": gathered, "gradients": gradients, "held": gradients, "optimizer": optimizer}
-    return replace(rank, **state, working=working), away
+    return replace(rank, **state, update=update), away
 
 
 def _bucket(keys: dict[str, Any], stage: int, unit: int, whole: int) -> int:

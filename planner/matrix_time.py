@@ -31,9 +31,9 @@ WAVE = 1 << 26
 FACTORING = 0.1
 """Speed of a decomposition (QR, SVD), of that of a product of as many FLOPs: a guess, which nobody has measured here."""
 LOCAL = {True: 30, False: 26}
-"""Bytes per element that are read and written where it lies, by our own kernels: of Muon, which has its momentum there (the
-gradient read for its norm and for the momentum, the momentum read and written, its lookahead written, then update and weight
-read, weight and the computation's copy written), and of the others, whose gradients are scaled in place."""
+"""Bytes per element, with a gradient in fp32, that are read and written where it lies, by our own kernels: of Muon, which has
+its momentum there (the gradient read for its norm and for the momentum, the momentum read and written, its lookahead written,
+then update and weight read, weight and the computation's copy written), and of others, whose gradients are scaled in place."""
 OWNED = 40
 """Bytes per element that an owner's pointwise operations read and write, in fp32: moments, their roots, scales, norms."""
 NORMALIZING = 5

@@ -12,6 +12,7 @@ from ..optim.optimizers.config import AdamWConfig, OptimConfig
 from ..optim.optimizers.eight_bit_config import LARGEST_BLOCK, AdamW8bitConfig
 from ..optim.optimizers.matrix_config import MatrixOptimConfig, MuonConfig
 from ..optim.optimizers.state_size import state_size
+from ..optim.optimizers.update_passes import FUSED_ADAMW, update_passes
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import Layout
 from .parameters import ParameterGroup, ParameterShape
@@ -148,12 +149,16 @@ class OptimizerNeeds:
     rounded  whether bf16 weights need no masters in its update (`RoundedStep`)
     updates  which updates of whole matrices it holds at once: those that travel in the dtype of the computation, with what they
              are made of (`computed`: Muon), or those in the masters' dtype, with gradients that are widened to it (`widened`)
+    moments  bytes of state for an element that is updated by itself
+    passes   arrays of the weights' shape that are read and written where no kernel of ours does it (`update_passes`)
     """
 
     state: int | None
     fused: bool = False
     rounded: bool = False
     updates: Literal["none", "computed", "widened"] = "none"
+    moments: float = 8.0
+    passes: float = FUSED_ADAMW
 
 
 OptimizerBytes = Callable[[Sequence[WeightGroup], int], OptimizerNeeds]
@@ -178,7 +183,11 @@ def optimizer_bytes(config: OptimConfig) -> OptimizerBytes | None:
         for group in groups:
             if id(group.shards) not in known:
                 known[id(group.shards)] = sum(_state_bytes(config, each, unit, group.stage_ranks) for each in group.shards)
-        return OptimizerNeeds(sum(known[id(group.shards)] for group in groups), fused, rounded, updates)
+        state, elements = sum(known[id(group.shards)] for group in groups), sum(group.padded for group in groups)
+        # Islands' weights of the last exchange, and their outer momentum, stay where they are in such an update.
+        each = state / max(1, elements) - config.local.arrays * unit
+        moments = 2.0 * unit if updates != "none" else each
+        return OptimizerNeeds(state, fused, rounded, updates, moments, update_passes(config))
 
     return count
 

@@ -32,17 +32,20 @@ def torch_offload_cost(rank: RankCost, groups: Sequence[WeightGroup], zero: int,
 
     rank: the account of the layout with `parallel.offload=cpu`, of which this takes away what is on the host. The GPU
     fetches the fp32 shards for each forward and backward pass under ZeRO-3, for each step below; a gradient goes back where
-    it is reduced: with every micro-batch under ZeRO-2 and 3, once a step below. Under ZeRO-2 and 3 the host adds up.
+    it is reduced: with every micro-batch under ZeRO-2 and 3, once a step below. Under ZeRO-2 and 3 the host adds up; below, the
+    GPU does, whole gradients. The update is the host's, and so is what it holds.
     """
     exact = PRECISIONS[job.precision].accum_bytes
     locked = sum(pinned(each.padded * exact) for group in groups for each in group.shards)
     away = OffloadAccount(
-        host=2 * locked + (rank.optimizer or 0),
+        # The gradients that the update reads are in pinned buffers already; what else it holds is not.
+        host=2 * locked + (rank.optimizer or 0) + rank.update - rank.weights,
         to_host=rank.weights * (job.micro_batches if zero >= 2 else 1),
         from_host=rank.weights * (2 * job.micro_batches if zero == 3 else 1),
     )
-    kept = rank.gradients - rank.weights
-    return replace(rank, weights=0, gradients=kept, optimizer=None if rank.optimizer is None else 0), away
+    held = 0 if zero >= 2 else rank.held
+    kept = replace(rank, weights=0, gradients=rank.gradients - rank.weights, held=held, update=0)
+    return replace(kept, optimizer=None if rank.optimizer is None else 0), away
 
 
 def describe(away: OffloadAccount) -> list[str]:

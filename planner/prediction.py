@@ -8,14 +8,13 @@ from typing import Any
 
 from ..models.costs import flops_per_token
 from .cluster import GIB, UNMEASURED, ClusterConfig
-from .cost import RankCost
+from .cost import KINDS, RankCost
 from .step_time import HOST_WAIT, Step, StepTime, step_time
 
 RESERVE = 2.0
 """GiB of a GPU that plans don't know of: CUDA, NCCL and compiled kernels."""
 SHARE = 0.03
 """Part of a GPU that is left free besides: plans are within 2 % of what ranks hold (docs/parallelism.md), and fragments."""
-KINDS = ("weights", "gathered", "gradients", "optimizer", "activations", "working")
 
 
 def usable_bytes(memory: float) -> float:

@@ -287,7 +287,7 @@ def _waiting_for_checkpoints(step: Step, rank: RankCost, passes: float) -> float
 
 
 def _exchanges(step: Step, rank: RankCost, forward: float, backward: float) -> tuple[dict[str, float], dict[str, float]]:
-    """Predict gathering of weights and reducing of gradients, each with the pass that may hide it.
+    """Predict the torch engine's gathering of weights and reducing of gradients, each with the pass that may hide it.
 
     Whole weights are gathered and reduced once a step. FSDP2 gathers for every pass under ZeRO-3, once a step otherwise, and
     reduces every micro-batch under ZeRO-2 and 3; through a pipeline both once.
@@ -298,10 +298,7 @@ def _exchanges(step: Step, rank: RankCost, forward: float, backward: float) -> t
     unit, exact, many = PRECISIONS[job.precision].bytes, PRECISIONS[job.precision].accum_bytes, job.micro_batches
     whole, blocks = rank.whole(layout), sum(map(len, rank.layers)) + 1
     shards, copies = group_of(step.cluster, layout, "shard", "cp"), group_of(step.cluster, layout, "replicate")
-    fully = (parallel.engine == "deepspeed" and layout.zero == 3) or (
-        uses_fsdp(parallel, layout) and parallel.engine == "torch"
-    )
-    every = fully and parallel.pp == 1
+    every = uses_fsdp(parallel, layout) and parallel.pp == 1
     exchange = _Hiding(step.cluster, step.traits.overlaps)
     if layout.zero == 0:
         reduced = copies if layout.cp == 1 else group_of(step.cluster, layout, "replicate", "shard", "cp")

@@ -13,7 +13,7 @@ from ..models.config import DecoderConfig
 from ..models.costs import parameter_count
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import AXES, Layout
-from .cost import LayoutCost, RankCost
+from .cost import KINDS, LayoutCost, RankCost
 from .memory import Job
 
 GIB = 2**30
@@ -105,12 +105,11 @@ def parts_held(cost: LayoutCost, pp: int) -> str:
 
 
 def memory_table(cost: LayoutCost) -> Table:
-    """Tabulate the peak GiB per rank of each kind. Gradients and activations do not peak together."""
-    kinds = ["weights", "gathered", "gradients", "optimizer", "activations", "working"]
-    columns = [right(kind) for kind in (*kinds, "at most")]
+    """Tabulate the peak GiB per rank of each kind. Gradients, activations and the update do not peak together."""
+    columns = [right(kind) for kind in (*KINDS, "at most")]
     table = Table("pp", *columns, title="Memory per rank, GiB", title_justify="left", box=box.SIMPLE)
     for pp, rank in enumerate(cost.ranks):
-        values = [getattr(rank, kind) for kind in kinds]
+        values = [getattr(rank, kind) for kind in KINDS]
         cells = ["unknown" if value is None else gib(value) for value in values]
         table.add_row(str(pp), *cells, Text(gib(rank.total) + ("+" if rank.optimizer is None else ""), style="bold"))
     return table

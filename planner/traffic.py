@@ -11,14 +11,6 @@ from ..parallel.layout import Layout, uses_fsdp
 from .cost import RankCost
 from .memory import Job
 
-UPDATE = 30
-"""Bytes per parameter that AdamW in one pass moves: weight and two moments read and written in fp32, the gradient read for its
-norm and for the update, the computation's copy written."""
-ROUNDING = {"full": 0, "bf16_kahan": -2, "bf16_stochastic": -6}
-"""More bytes per parameter, by `trainer.masters`: the update reads and writes bf16 numbers in the place of masters, and no copy
-(`kernels/triton_adamw.py`). Of other optimizers masters are made and rounded in passes of their own, which are not counted: 12
-bytes for bf16_stochastic and 24 for bf16_kahan."""
-
 
 @dataclass(frozen=True)
 class Traffic:
@@ -43,7 +35,8 @@ def torch_moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, job: J
     For M micro-batches, over w ranks that share the weights' state and c that hold copies of it:
 
     whole weights   gradients are read and sent once, in the computation's dtype where M is 1 and the masters' where they
-                    are added up; weights are gathered once, in place
+                    are added up; weights are gathered once, in place; masters that exist only in an update are made of them
+                    and rounded
     FSDP2           shards are cast, gathered into one buffer and copied out of it; gradients are widened as they are copied
                     in. ZeRO-2 does the first once and the second M times, ZeRO-3 2 M and M times, a pipeline once each
     """
@@ -54,11 +47,11 @@ def torch_moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, job: J
     own, whole = rank.elements, rank.whole(layout)
     away, copied = (ways - 1) / ways, 2 * (copies - 1) / copies
     adding = (unit + 2 * exact) * whole
-    update = UPDATE * own
+    update = _update_bytes(rank, parallel, layout, job) * own
     if not uses_fsdp(parallel, layout):
         gradient = unit if many == 1 else exact
-        update += ROUNDING[job.masters] * own
         within = many * adding if many > 1 else 0.0
+        within += _making_bytes(rank, job) * own
         if ranks > 1:
             within += 3 * gradient * whole + exact * own
         return Traffic(within, (unit + gradient) * whole * away + exact * own * copied, update)
@@ -69,3 +62,30 @@ def torch_moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, job: J
     within += many * adding if once else 3 * exact * (reductions - 1) * own
     between = (gathers * unit + reductions * exact) * whole * away + exact * own * copied
     return Traffic(within, between, update)
+
+
+def _update_bytes(rank: RankCost, parallel: ParallelConfig, layout: Layout, job: Job) -> float:
+    """Count the bytes that an update moves for an element, with the gradient's norm and scale, and the computation's copy.
+
+    A kernel of ours reads gradient, state and weight and writes state, weight and copy (`kernels/triton_adamw.py`,
+    `triton_eight_bit.py`); the norm reads the gradient before. In the place of weight and copy it may read and write what is
+    kept of bf16 weights. Without such a kernel each is a pass of its own: of a gradient that is widened and scaled, of the
+    optimizer's operations, of the copy.
+    """
+    unit, exact, needs = PRECISIONS[job.precision].bytes, PRECISIONS[job.precision].accum_bytes, rank.needs
+    whole = not uses_fsdp(parallel, layout)
+    narrow = whole and layout.gradient_ranks == 1 and job.micro_batches == 1 and unit < exact
+    copies = whole and unit < exact and job.masters == "full"
+    if needs.fused and exact == 4 and parallel.offload == "none":
+        weight = 2 * exact + (unit if copies else 0)
+        if needs.rounded and job.masters != "full":
+            weight = 2 * unit * (2 if job.masters == "bf16_kahan" else 1)
+        return 2 * (unit if narrow else exact) + 2 * needs.moments + weight
+    gradient = 3 * exact + (unit + exact if narrow else 0)
+    return gradient + needs.passes * exact + (unit + exact if copies else 0)
+
+
+def _making_bytes(rank: RankCost, job: Job) -> int:
+    """Count the bytes that masters move for an element which are made for an update, and rounded after it."""
+    made = 0 if rank.needs.rounded else PRECISIONS[job.precision].bytes + PRECISIONS[job.precision].accum_bytes
+    return {"full": 0, "bf16_stochastic": 2, "bf16_kahan": 4}[job.masters] * made

@@ -21,7 +21,7 @@ from meshloom.kernels.experts.fused import FusedExperts
 from meshloom.kernels.swiglu import FusedSwiglu
 from meshloom.models.block import Block
 from meshloom.models.config import DecoderConfig
-from meshloom.models.costs import ForwardPass, block_bytes, recomputed_flops
+from meshloom.models.costs import ForwardPass, block_bytes, parameter_count, recomputed_flops
 from meshloom.models.decoder import Decoder
 from meshloom.models.mixture.charges import Rates
 from meshloom.models.mixture.config import MixtureConfig
@@ -47,6 +47,7 @@ from meshloom.parallel.pipeline.stages import (
 from meshloom.parallel.policies import ActivationSettings, block_policies
 from meshloom.planner.built_model import model_inventory, tried_optimizer
 from meshloom.planner.cost import layout_cost
+from meshloom.planner.engines import engine_cost
 from meshloom.planner.memory import Job, OptimizerNeeds, optimizer_bytes
 from meshloom.planner.orders import pipeline_order
 from meshloom.planner.parameters import decoder_inventory
@@ -111,8 +112,8 @@ def test_masters_that_exist_only_during_an_update_are_counted_there() -> None:
             for kind in kinds
         )
         assert (full.weights, kahan.weights, chance.weights) == (4 * full.elements, 2 * full.elements, 0)
-        assert kahan.gradients == chance.gradients == full.gradients + masters * full.elements
-        assert chance.gathered == full.gathered and chance.held == full.held
+        assert kahan.update == chance.update == full.update + masters * full.elements
+        assert (chance.gathered, chance.held, chance.gradients) == (full.gathered, full.held, full.gradients)
 
 
 @pytest.mark.parametrize(
@@ -125,10 +126,40 @@ def test_updates_of_whole_matrices_are_held_at_once(config: OptimConfig, alone: 
     for ranks, element in ((1, alone), (2, shared)):
         layout, job = Layout.plan(parallel, ranks), Job(1024, 1, 1, "bf16", ["none"] * 16, compiled=True)
         known, plain = (
-            layout_cost(inventory, parallel, layout, job, optimizer_bytes(each)).ranks[0].gradients
-            for each in (config, AdamWConfig())
+            layout_cost(inventory, parallel, layout, job, optimizer_bytes(each)).ranks[0] for each in (config, AdamWConfig())
         )
-        assert known - plain == element * hidden / ranks
+        assert known.update - plain.update == element * hidden / ranks
+        assert known.gradients == plain.gradients
+
+
+def test_the_peak_is_that_of_a_pass_or_of_the_update() -> None:
+    """Activations are free in the update. Of a long row they are more than what Muon's update holds, of a short one less."""
+    inventory, parallel = decoder_inventory(ONE_B), ParallelConfig(zero=1)
+    for seq_len, during in ((32768, False), (128, True)):
+        job = Job(seq_len, 1, 1, "bf16", ["none"] * 16, compiled=True)
+        (rank,) = layout_cost(inventory, parallel, Layout.plan(parallel, 1), job, optimizer_bytes(MuonConfig())).ranks
+        passes = max(rank.activations + rank.working, rank.gradients + rank.late)
+        assert (rank.update > passes) is during
+        assert rank.total == rank.weights + rank.gathered + (rank.optimizer or 0) + max(passes, rank.update)
+    layout = Layout.plan(parallel, 2)
+    (rank,) = layout_cost(inventory, parallel, layout, job, optimizer_bytes(MuonConfig())).ranks
+    assert rank.buffers > 0 and rank.total >= rank.weights + rank.gathered + (rank.optimizer or 0) + rank.update + rank.buffers
+
+
+def test_a_host_that_updates_holds_sums_and_updates() -> None:
+    """FSDP2 adds up on the host where it reduces every micro-batch; below ZeRO-2 a GPU has sums of whole gradients."""
+    inventory, whole = decoder_inventory(ONE_B), 4 * parameter_count(ONE_B)
+    for zero, held in ((3, 0), (2, 0), (1, whole)):
+        parallel = ParallelConfig(zero=zero, offload="cpu")
+        layout, job = Layout.plan(parallel, 2), Job(1024, 1, 4, "bf16", ["full"] * 16, compiled=True)
+        hosts: list[int] = []
+        for config in (LionConfig(), MuonConfig()):  # of one momentum each, but for what is no matrix
+            rank = layout_cost(inventory, parallel, layout, job, optimizer_bytes(config)).ranks[0]
+            found, away = engine_cost(rank, inventory, parallel, layout, job)
+            hosts.append(away.host - (rank.optimizer or 0))
+            assert (found.weights, found.held, found.update, found.optimizer) == (0, held, 0, 0)
+        hidden = sum(each.numel for each in inventory.parameters if each.hidden)
+        assert hosts[1] - hosts[0] == 4 * hidden / 2, "in bf16, with its lookaheads"
 
 
 def all_held(rank: int, world_size: int, works: list[Work]) -> list[tuple[int, int, int, int]]:

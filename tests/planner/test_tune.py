@@ -29,7 +29,7 @@ from meshloom.planner import gpus as gpus_module
 from meshloom.planner.gpus import GpusHere
 from meshloom.planner.prediction import RESERVE, SHARE
 from meshloom.planner.tables import GIB
-from meshloom.planner.traffic import UPDATE, Traffic, torch_moved
+from meshloom.planner.traffic import Traffic, torch_moved
 from support.plans import LLAMA, SMALL, tokens_per_second
 
 TINY = [
@@ -170,12 +170,12 @@ def test_bytes_that_travel() -> None:
     traffic = torch_moved(rank, one.parallel, one.layout, one.job)
     assert traffic.between == pytest.approx(2 * parameters / 2 + 2 * parameters / 2, rel=1e-3)
     assert traffic.within == pytest.approx((3 * 2 + 4 / 2) * parameters, rel=1e-3)
-    assert traffic.update == pytest.approx(UPDATE / 2 * parameters, rel=1e-3)
+    assert traffic.update == pytest.approx(34 / 2 * parameters, rel=1e-3)
     three = make_plan([*LLAMA, "launch.nproc=2", "parallel.zero=3", "batch.micro=1"])  # 4 micro-batches
     traffic = torch_moved(three.cost.ranks[0], three.parallel, three.layout, three.job)
     assert traffic.between == pytest.approx(4 * (2 * 2 + 4) * parameters / 2, rel=1e-3)
     alone = make_plan(["recipe=llama_1b", "batch.samples=4", "launch.nproc=1"])
-    assert torch_moved(alone.cost.ranks[0], alone.parallel, alone.layout, alone.job) == Traffic(0, 0, UPDATE * parameters)
+    assert torch_moved(alone.cost.ranks[0], alone.parallel, alone.layout, alone.job) == Traffic(0, 0, 30 * parameters)
 
 
 def test_blanks_fill_up_to_what_a_pipeline_can_run() -> None:
