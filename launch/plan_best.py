@@ -21,7 +21,18 @@ from ..parallel.legality import is_legal
 from ..parallel.limits import float8_layout_problems, masters_problems
 from ..planner.cluster import GIB, ClusterConfig
 from ..planner.cost import KINDS
-from ..planner.search import KEYS, Candidate, Question, Settings, difference, limit_of, planned, search, smallest_cluster
+from ..planner.search import (
+    KEYS,
+    MOST_GPUS,
+    Candidate,
+    Question,
+    Settings,
+    difference,
+    limit_of,
+    planned,
+    search,
+    smallest_cluster,
+)
 from ..planner.step_time import matrices_of
 from ..planner.tables import gib, right
 from ..planner.time_tables import duration, seconds
@@ -182,18 +193,25 @@ def _in_the_way(question: Question, least: Candidate | None) -> Problem:
     if least is None:
         fix = "leave keys out that fix the layout, or use another number of GPUs"
         return Problem("cluster.gpus", f"no layout of this run divides {cluster.gpus} GPUs, or none could hold its state", fix)
-    rank = least.prediction.fullest
+    message = f"nothing fits {cluster.gpus} × {cluster.gpu}: the least, {' '.join(described(least))}, takes {_needs(least)}"
+    if (enough := smallest_cluster(question)) is not None:
+        return Problem(
+            "cluster.gpus", message, f"cluster.gpus={enough.prediction.gpus} is enough: {' '.join(described(enough))}"
+        )
+    lacking = "GPUs" if not least.prediction.fits_gpus else "hosts"
+    return Problem("cluster.gpus", message, f"use {lacking} with more memory: up to {MOST_GPUS:,} GPUs are not enough")
+
+
+def _needs(least: Candidate) -> str:
+    """Word what the candidate that needs least of a GPU takes, beside what there is: of the host, where the GPU has enough."""
+    prediction, cluster = least.prediction, least.prediction.cluster
+    rank = prediction.fullest
+    if prediction.fits_gpus:
+        held = f"{gib(prediction.host_bytes)} GiB of a node's host, which has {cluster.host_memory:g}"
+        return f"{held}, for what it offloads, beside {gib(rank.total)} GiB a GPU"
     sizes = sorted(((getattr(rank, kind) or 0, kind) for kind in KINDS), reverse=True)[:3]
     told = ", ".join(f"{kind} {gib(size)}" for size, kind in sizes)
-    where = " ".join(described(least))
-    message = (
-        f"nothing fits {cluster.gpus} × {cluster.gpu}: the least, {where}, takes {gib(rank.total)} GiB a GPU ({told}),"
-        f" and a plan may take {gib(limit_of(cluster))} of {cluster.memory:g}"
-    )
-    enough = smallest_cluster(question)
-    if enough is None:
-        return Problem("cluster.gpus", message, "use GPUs with more memory: more of these do not help")
-    return Problem("cluster.gpus", message, f"cluster.gpus={enough.prediction.gpus} is enough: {' '.join(described(enough))}")
+    return f"{gib(rank.total)} GiB a GPU ({told}), and a plan may take {gib(limit_of(cluster))} of {cluster.memory:g}"
 
 
 def described(candidate: Candidate) -> list[str]:

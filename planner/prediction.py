@@ -99,11 +99,19 @@ class Prediction:
         return self.fullest.total
 
     @property
+    def host_bytes(self) -> int:
+        """Bytes that a node's ranks offload to its host."""
+        return self.step.away.host * min(self.gpus, self.cluster.gpus_per_node)
+
+    @property
+    def fits_gpus(self) -> bool:
+        """True if the fullest GPU has the memory."""
+        return self.bytes <= usable_bytes(self.cluster.memory * GIB)
+
+    @property
     def fits(self) -> bool:
         """True if it fits into the GPUs, and the part that it offloads into their hosts."""
-        local = min(self.gpus, self.cluster.gpus_per_node)
-        on_host = self.step.away.host * local <= self.cluster.host_memory * GIB
-        return on_host and self.bytes <= usable_bytes(self.cluster.memory * GIB)
+        return self.fits_gpus and self.host_bytes <= self.cluster.host_memory * GIB
 
     def as_dict(self) -> dict[str, Any]:
         """Return every figure as plain values."""

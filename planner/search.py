@@ -37,6 +37,7 @@ MICROS = (1, 2, 4, 8, 16, 32)
 LONG = 32768  # positions of a sample from which context parallelism is tried, or where there are more ranks than samples
 LEAST_SLICE = 4096  # positions of a context-parallel rank
 MOST_PIPELINE = 64
+MOST_GPUS = 16384  # of a cluster that is proposed where nothing fits
 Settings = Mapping[str, Any]
 
 
@@ -272,19 +273,27 @@ def planned(question: Question, parallel: ParallelConfig, layout: Layout, micro:
     return Candidate(settings, Prediction(step, question.samples, question.tokens))
 
 
-def smallest_cluster(question: Question, most: int = 16384) -> Candidate | None:
-    """Find the fewest GPUs of the same kind, in whole nodes, on which something fits; None if `most` are too few."""
-    node = question.cluster.gpus_per_node
-    sizes = [size for size in (1, 2, 4) if size < node] if question.cluster.gpus < node else []
-    nodes = sorted({round(base * 2**power) for power in range(12) for base in (1, 1.5)})
-    for gpus in [*sizes, *(count * node for count in nodes)]:
-        if question.cluster.gpus < gpus <= most:
-            larger = replace(question, cluster=replace(question.cluster, gpus=gpus))
-            tight = replace(larger, fixed=_tight(question))
-            for parallel in layouts(tight):
-                found = next((each for each in _sized(tight, parallel) if each.prediction.fits), None)
-                if found is not None:
-                    return found
+def larger_sizes(cluster: ClusterConfig, most: int = MOST_GPUS) -> list[int]:
+    """List the larger numbers of GPUs that are tried where nothing fits: parts of a node, and 2ⁿ or 1½ · 2ⁿ nodes."""
+    node = cluster.gpus_per_node
+    parts = [size for size in (1, 2, 4) if size < node] if cluster.gpus < node else []
+    powers = range(max(1, most // node).bit_length())
+    nodes = sorted({round(base * 2**power) for power in powers for base in (1, 1.5)})
+    return [gpus for gpus in [*parts, *(count * node for count in nodes)] if cluster.gpus < gpus <= most]
+
+
+def smallest_cluster(question: Question) -> Candidate | None:
+    """Find the first of `larger_sizes` of the same GPUs on which something fits; None if it fits none of them.
+
+    A size between two of them may be enough, too.
+    """
+    for gpus in larger_sizes(question.cluster):
+        larger = replace(question, cluster=replace(question.cluster, gpus=gpus))
+        tight = replace(larger, fixed=_tight(question))
+        for parallel in layouts(tight):
+            found = next((each for each in _sized(tight, parallel) if each.prediction.fits), None)
+            if found is not None:
+                return found
     return None
 
 

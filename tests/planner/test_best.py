@@ -21,7 +21,7 @@ from meshloom.launch.plan_cluster import split_words
 from meshloom.launch.planning import resolve_plan
 from meshloom.planner.cluster import load_cluster
 from meshloom.planner.prediction import usable_bytes
-from meshloom.planner.search import search
+from meshloom.planner.search import larger_sizes, search
 from meshloom.trainer.typed import plain_config
 
 SMALL = ["recipe=llama_1b", "batch.samples=64"]
@@ -86,6 +86,19 @@ def test_mistakes_are_told_by_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert "8 GPUs for 16 processes" in refused(capsys, *SMALL, "cluster=h100", "launch.nproc=16")
     told = refused(capsys, "recipe=llama_70b", "cluster=a100x2", "parallel.offload=none", "--best", "1")
     assert "nothing fits 2 × NVIDIA A100" in told and "cluster.gpus=16 is enough: tp 4" in told
+    assert "554.9 GiB a GPU (optimizer" in told
+    told = refused(capsys, *SMALL, "cluster=h100x1", "cluster.memory=14", "cluster.host_memory=16", "--best", "1")
+    assert re.search(r"offload cpu .*, takes [\d.]+ GiB of a node's host, which has 16, for what it offloads, beside", told), (
+        told
+    )
+
+
+def test_sizes_of_a_larger_cluster_reach_the_largest() -> None:
+    """In whole nodes, but below one."""
+    h100 = load_cluster(["cluster=h100"])
+    assert larger_sizes(replace(h100, gpus=2), 96) == [4, 8, 16, 24, 32, 48, 64, 96]
+    alone = larger_sizes(replace(h100, gpus=1000, gpus_per_node=1))
+    assert alone[0] == 1024 and alone[-1] == 16384
 
 
 def test_a_larger_cluster_is_named_for_what_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
