@@ -331,8 +331,9 @@ def _upcycle(arguments: argparse.Namespace) -> int:
     experts = _experts(arguments.experts)
     files = step_folders(arguments.source)[0]
     with _shown(f"writing {arguments.output}"):
-        options = {"noise": arguments.noise, "seed": arguments.seed, "overwrite": arguments.overwrite}
-        made = upcycle(files, arguments.output, experts, **options)
+        made = upcycle(
+            files, arguments.output, experts, noise=arguments.noise, seed=arguments.seed, overwrite=arguments.overwrite
+        )
     print(f"{files.label()} → {made}")
     return 0
 

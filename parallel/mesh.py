@@ -311,7 +311,9 @@ class Mesh:
         return later
 
     def close(self) -> None:
-        """Run the callbacks of `before_closing` and destroy the process groups."""
-        self.release()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """Run the callbacks of `before_closing` and destroy the process groups, even if one of them fails."""
+        try:
+            self.release()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()

@@ -78,12 +78,21 @@ class RankCost:
         return (self.elements - self.experts) * layout.weight_ranks + self.experts * layout.expert_weights
 
     @property
+    def _passes(self) -> int:
+        """Bytes that come and go, at most during forward and backward passes."""
+        return max(self.held + self.activations + self.working, self.gradients + self.late)
+
+    @property
+    def peaks_in_update(self) -> bool:
+        """True if the update needs more than passes do."""
+        return self.update + self.buffers > self._passes
+
+    @property
     def total(self) -> int:
         """Peak bytes, by this account. Activations are freed as gradients appear, so the peak is at the end of the forward
         pass, where the loss is computed, of the last backward pass, or in the update.
         """
-        most = max(self.held + self.activations + self.working, self.gradients + self.late, self.update + self.buffers)
-        return self.weights + self.gathered + (self.optimizer or 0) + most
+        return self.weights + self.gathered + (self.optimizer or 0) + max(self._passes, self.update + self.buffers)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ PIECE = 4 * 2**20
 STRANGER = "this is nobody who speaks to keepers"  # but has the port that one had once
 LINE_BYTES = 16 * 2**20  # room for the digests of 7 TB
 LOOPBACK = "127.0.0.1"
-ELSEWHERE = "10.255.255.255"  # for a look at the default route
+ELSEWHERE = "192.0.2.1"  # for a look at the default route: of documentation (RFC 5737), so no host or broadcast of a network
 GREETING_BYTES = 1024  # of a line before the other side has proved itself
 GREETING_SECONDS = 5.0  # for all of its proof
 

@@ -309,8 +309,8 @@ class Reader:
     def _prove(self, number: int, proof: int) -> bytes:
         """The digests of the leaves of the next PROOF_BLOCKS blocks of a file, proved by the manifest's digests of these."""
         if (number, proof) not in self._proved:
-            begun = (number, proof) in self._proving
-            data = self._proving.pop((number, proof)).result() if begun else self._read_proof(number, proof)  # see `_finish`
+            begun = self._proving.pop((number, proof), None)
+            data = self._read_proof(number, proof) if begun is None else begun.result()
             while len(self._proved) >= PROOFS_KEPT:
                 del self._proved[next(iter(self._proved))]
             self._proved[number, proof] = data

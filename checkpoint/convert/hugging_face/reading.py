@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from ....parallel.box import Box
 from ...dtypes import TORCH_DTYPES, as_tensor, same_bits
-from ...errors import CheckpointError, DamageError
+from ...errors import CheckpointError
 from ...manifest import StoredArray
 from ...reading.compare import parts as cut
 from ...reading.items import Raw
@@ -59,12 +59,12 @@ def fill(
     group: of ranks that call this together: a byte that several need is read by one of them and passed on
 
     Host memory holds a few spans of files, of 16 MiB each, or a window of one, and what of one file must be decoded. Raises
-    DamageError for a file that has become shorter meanwhile; some tensors are filled then. With a group a rank raises once
-    all files have been gone through, since the others wait for it at each of them.
+    DamageError for a file that has become shorter meanwhile, UnreadableError for one that can't be read now; some tensors are
+    filled then. With a group a rank raises once all files have been gone through, since the others wait for it at each.
     """
     reader = Reader(folder.files, folder.stored) if group is None else SharedReader(folder.files, folder.stored, group)
     jobs = sorted((job for each in wanted for job in _jobs(folder, *each)), key=lambda job: job.position)
-    fault: DamageError | None = None
+    fault: CheckpointError | None = None
     for number in range(len(folder.stored.files)):
         mine = [job for job in jobs if job.position[0] == number]
         # With a group all ranks must read together, file by file; alone, what is decoded is read one by one.
@@ -73,7 +73,7 @@ def fill(
         for some in rounds:
             try:
                 _read_round(reader, some if fault is None else [])
-            except DamageError as error:
+            except CheckpointError as error:  # damaged, or not to be read now
                 if group is None:
                     raise
                 fault = error

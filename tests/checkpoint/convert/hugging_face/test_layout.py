@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
+from meshloom.checkpoint import files as files_module
 from meshloom.checkpoint.checkpointer import Checkpointer
 from meshloom.checkpoint.config import CheckpointConfig
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.convert.hugging_face.folder import open_folder
 from meshloom.checkpoint.convert.hugging_face.reading import fill
-from meshloom.checkpoint.errors import DamageError
+from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import load_manifest
 from meshloom.checkpoint.reading.compare import read_array
@@ -97,8 +99,8 @@ def test_any_box_is_read_by_itself(tmp_path: Path, saved: dict[str, torch.Tensor
     assert 0 < traffic.wanted < sum(value.nbytes for value in saved.values())
 
 
-def fill_after_damage(rank: int, _: int, theirs: Path) -> str:
-    """Body for `run_ranks`: rank 0 wants nothing of the first file, which rank 1 shortens before it reads all. The error."""
+def fill_with_a_fault(rank: int, _: int, theirs: Path, fault: str) -> str:
+    """Body for `run_ranks`: rank 0 wants nothing of the first file. Rank 1 shortens it, or can't read. Returns the error."""
     folder = open_folder(theirs)
 
     def read_from(name: str) -> set[int]:
@@ -111,17 +113,26 @@ def fill_after_damage(rank: int, _: int, theirs: Path) -> str:
     ]
     assert wanted
     dist.barrier()
-    if rank:
+    if rank and fault == "unreadable":
+        files_module.RETRY_PAUSES = ()
+        files_module.os.preadv = raise_io_error  # of this process, which ends
+    elif rank:
         first = theirs / folder.stored.files[0].title
         first.write_bytes(first.read_bytes()[:-1000])
     dist.barrier()
     try:
         fill(folder, wanted, dist.group.WORLD)
-    except DamageError as error:
+    except CheckpointError as error:
         return str(error)
     return ""
 
 
-def test_a_rank_that_meets_damage_keeps_nobody_waiting(tmp_path: Path, saved: dict[str, torch.Tensor]) -> None:
-    sound, damaged = run_ranks(2, fill_after_damage, tmp_path / "theirs", timeout=30.0)
-    assert sound == "" and "model-00001-of" in damaged
+def raise_io_error(*_: object) -> int:
+    """Fail as a disk does."""
+    raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("fault", ["shorter", "unreadable"])
+def test_a_rank_that_meets_a_fault_keeps_nobody_waiting(fault: str, tmp_path: Path, saved: dict[str, torch.Tensor]) -> None:
+    sound, faulty = run_ranks(2, fill_with_a_fault, tmp_path / "theirs", fault, timeout=30.0)
+    assert sound == "" and "model-00001-of" in faulty
