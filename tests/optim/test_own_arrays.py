@@ -31,7 +31,7 @@ from support.parity import Work, take_steps
 from support.ranks import run_ranks
 from support.settings import settings_of
 
-WORK = Work(samples=8, micro=4, max_norm=None)
+WORK = Work(samples=8, micro=3, max_norm=None)  # three micro-batches: one for each rank of ZeRO-3, two passes on two ranks
 LAYOUTS = {
     "zero0": (2, ParallelConfig(zero=0)),
     "zero1": (2, ParallelConfig(zero=1)),

@@ -65,7 +65,7 @@ LAYOUTS = {
     "tp2_zero1": (4, ParallelConfig(zero=1, tp=2)),
     "pp2": (2, ParallelConfig(zero=1, pp=2)),
 }
-WORK = Work(samples=8, micro=4)  # two micro-batches at most: the parity table holds sums over more
+WORK = Work(samples=8, micro=3)  # three micro-batches: one for each rank of ZeRO-3, and two passes on two ranks
 
 
 def build(kind: str, parallel: ParallelConfig, world_size: int, work: Work = WORK) -> Engine:

@@ -37,8 +37,8 @@ METHODS = {
     "late, ended as a mean arrives": replace(LATE, lr=1.0, momentum=0.0, nesterov=False),
 }
 STEPS = {"late, ended a step after a round": 5, "late, ended as a mean arrives": 6}
-WORK = Work(ParallelConfig(zero=1), micro=4, steps=8, samples=7, lr=2e-3)
-"""CO2 and fragments end while differences are under way, too."""
+WORK = Work(ParallelConfig(zero=1), micro=2, steps=8, samples=7, lr=2e-3)
+"""Two micro-batches for each of two islands. CO2 and fragments end while differences are under way, too."""
 ALONE = ParallelConfig(zero=1)
 CASES: dict[int, dict[tuple[str, str], ParallelConfig]] = {
     2: {(method, "one rank each"): ALONE for method in METHODS},
