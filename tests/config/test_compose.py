@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from meshloom.config.problems import ConfigError
 from meshloom.config.renames import RENAMED_KEYS, with_renamed_keys
 from meshloom.config.sweeps import sweep_folder
 from meshloom.trainer.schema import make_composer
+from support.composing import LOAD, MERGE, PARSE, share_compositions
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +211,35 @@ def test_a_composition_shares_nothing_with_the_next() -> None:
     first.parallel.deepspeed.config.a.append(2)
     first.seed, first.optim.lr = 77, 0.5
     assert OmegaConf.to_container(make_composer().compose(words).config) == whole != OmegaConf.to_container(first)
+
+
+def test_hydra_parses_reads_and_merges_a_line_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It calls the private methods that `share_compositions` replaces, which asserts that they are there."""
+    calls = Counter[str]()
+
+    def count(owner: type, name: str) -> None:
+        method = getattr(owner, name)
+
+        @functools.wraps(method)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for owner, name, _ in (PARSE, LOAD, MERGE):
+        count(owner, name)
+    share_compositions()
+    line = ["recipe=quickstart", "seed=4"]
+    make_composer().compose(line)
+    once = calls.copy()
+    make_composer().compose(line)
+    assert calls == once and once.keys() == {name for _, name, _ in (PARSE, LOAD, MERGE)}
+    monkeypatch.delattr(*MERGE[:2])
+    with pytest.raises(
+        AssertionError, match=r"ConfigLoaderImpl\._compose_config_from_defaults_list should take .*, and takes None"
+    ):
+        share_compositions()
 
 
 def test_composing_leaves_hydra_as_it_was(composer: Composer) -> None:

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable
 from typing import Any
 
+import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
+# Hydra has no public way to keep what it has parsed, read or merged for the next composition, so three methods of its private
+# modules are replaced. Each stands here with the parameters that it takes: `share_compositions` asserts them, and a test in
+# tests/config/test_compose.py asserts that Hydra calls each.
+PARSE = (OverridesParser, "parse_rule", ["self", "s", "rule_name"])
+"""Parses one word of a command line by a rule of the grammar."""
+LOAD = (ConfigRepository, "load_config", ["self", "config_path"])
+"""Reads one recipe, and its list of defaults."""
+MERGE = (ConfigLoaderImpl, "_compose_config_from_defaults_list", ["self", "defaults", "repo"])
+"""Merges the recipes of a list of defaults, before the command line's values are put in."""
+
 
 def share_compositions() -> None:
     """Have Hydra read each recipe, merge each choice of them and parse each override once in this process and its forks.
 
     Command lines that choose the same recipes start from copies of one merged config; their values are put in as ever. A
-    user's folder is read anew each time, as its files may change.
+    user's folder is read anew each time, as its files may change. Raises AssertionError where Hydra has other methods.
     """
+    parse, load, merge = (_method_of_hydra(*each) for each in (PARSE, LOAD, MERGE))
     ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]  # nothing writes to the copy
-    parse, load = OverridesParser.parse_rule, ConfigRepository.load_config
-    merge = ConfigLoaderImpl._compose_config_from_defaults_list
     parsed, loaded, merged = dict[str, Override](), dict[Any, Any](), dict[Any, Any]()
 
     def parse_once(self: OverridesParser, s: str, rule_name: str) -> Any:
@@ -52,6 +64,16 @@ def share_compositions() -> None:
     OverridesParser.parse_rule = parse_once  # type: ignore[method-assign]
     ConfigRepository.load_config = load_once  # type: ignore[method-assign]
     ConfigLoaderImpl._compose_config_from_defaults_list = merge_once  # type: ignore[method-assign]
+
+
+def _method_of_hydra(owner: type, name: str, parameters: list[str]) -> Callable[..., Any]:
+    """Return a method of Hydra that is replaced here; it must be there and take these parameters."""
+    method = getattr(owner, name, None)
+    found = None if method is None else list(inspect.signature(method).parameters)
+    assert method is not None and found == parameters, (
+        f"Hydra {hydra.__version__}: {owner.__name__}.{name} should take {parameters}, and takes {found}; mend this file"
+    )
+    return method
 
 
 def _sources(repo: Any) -> tuple[str, ...] | None:
