@@ -16,7 +16,7 @@ from ..models.protocol import BlockKernels, Model
 
 
 class TextCodec(Protocol):
-    """Turns text into token ids and back (`data.tokenizer.Tokenizer`)."""
+    """Turns text into token ids and back (`data.tokenizing.tokenizer.Tokenizer`)."""
 
     end_of_document: int
 
