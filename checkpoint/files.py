@@ -24,8 +24,7 @@ RETRY_PAUSES = (0.5, 1.0, 2.0)
 """Seconds before reading is tried again, where it has failed for a reason that may pass."""
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 # A name that leads to no file, and what a file system says that has itself found its data not to be what was written.
-_DAMAGED = (errno.EISDIR, errno.ELOOP, errno.EBADMSG, errno.EUCLEAN)
-_REFUSED = (errno.EACCES, errno.EPERM)
+_DAMAGED = (errno.ELOOP, errno.EBADMSG, errno.EUCLEAN)
 
 # fsspec's listings are dicts of its own, whose `pop` fails if two threads forget one at once.
 _LISTINGS = threading.Lock()
@@ -39,6 +38,7 @@ def _read_with_retries(label: str, doing: str, action: Callable[[], T]) -> T:
     Raises FileNotFoundError or NotADirectoryError if it is not there, DamageError if it can't be what was written, and
     UnreadableError if nothing can be said of it.
     """
+    told = False
     for pause in (*RETRY_PAUSES, None):
         try:
             return action()
@@ -46,11 +46,14 @@ def _read_with_retries(label: str, doing: str, action: Callable[[], T]) -> T:
             raise
         except OSError as error:
             what = f"{doing} failed: {error}"
-            if error.errno in _DAMAGED:
+            # By class too: libraries of object stores raise these without a number.
+            if isinstance(error, IsADirectoryError) or error.errno in _DAMAGED:
                 raise DamageError(label, what) from error
-            if error.errno in _REFUSED or pause is None:
+            if isinstance(error, PermissionError) or pause is None:
                 raise UnreadableError(label, what) from error
-            log.warning("%s: %s; it is tried again in %g s", label, what, pause)
+            if not told:
+                log.warning("%s: %s; it is tried again for %g s", label, what, sum(RETRY_PAUSES))
+            told = True
             time.sleep(pause)
     raise AssertionError
 
@@ -88,7 +91,7 @@ class Files(Protocol):
     def names(self) -> list[str]:
         """Names of the files and folders directly inside; empty if the folder does not exist.
 
-        Raises UnreadableError if that can't be told.
+        Raises DamageError if it is no folder that can be listed, UnreadableError if that can't be told.
         """
         try:
             return sorted(_read_with_retries(self.label(), "listing it", self._names))
@@ -96,7 +99,10 @@ class Files(Protocol):
             return []
 
     def size(self, name: str) -> int | None:
-        """Length of a file in bytes; None if there is none. Raises UnreadableError if that can't be told."""
+        """Length of a file in bytes; None if there is none.
+
+        Raises DamageError if its name leads to no file, UnreadableError if that can't be told.
+        """
         try:
             return _read_with_retries(self.label(name), "asking for its length", lambda: self._size(name))
         except _ABSENT:
@@ -105,7 +111,7 @@ class Files(Protocol):
     def sizes(self) -> dict[str, int]:
         """Lengths in bytes of all files directly inside, by one listing; empty if the folder does not exist.
 
-        Raises UnreadableError if that can't be told.
+        Raises DamageError if it is no folder that can be listed, UnreadableError if that can't be told.
         """
         try:
             return _read_with_retries(self.label(), "asking for the lengths of its files", self._sizes)
@@ -283,7 +289,11 @@ class RemoteFiles(Files):
         yield _RemoteReader(self, name)
 
     def fetch(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes `[start, stop)` of a file. Raises DamageError if it ends before, else OSError."""
+        """Bytes `[start, stop)` of a file, asked for once.
+
+        Raises DamageError if the file ends before or the store gives more, FileNotFoundError if there is no file, and any
+        other OSError as it comes: the reader tries it again, and raises UnreadableError if that is of no use.
+        """
         try:
             with _as_os_errors():
                 data = self.system.cat_file(self._join(name), start=start, end=stop)
@@ -298,6 +308,9 @@ class RemoteFiles(Files):
             raise
         if end < stop:
             raise DamageError(self.label(name), f"the file ends at byte {end}, before byte {stop}")
+        if end > stop:
+            what = f"the store gives {len(data)} bytes for the {stop - start} from byte {start} on"
+            raise DamageError(self.label(name), what)
         return data
 
     def write(self, name: str, data: bytes, *, anew: bool = False) -> bool:

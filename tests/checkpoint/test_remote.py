@@ -225,16 +225,42 @@ def test_errors_of_a_store_library_become_ours(monkeypatch: pytest.MonkeyPatch) 
                 read()
 
 
-def test_bytes_that_a_store_refuses_for_the_file_ends_before_are_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+RANGE = OSError(errno.EINVAL, "The requested range is not satisfiable")
+
+
+@pytest.mark.parametrize(
+    ("answer", "length", "error", "tries"),
+    [
+        (RANGE, 4, DamageError, 1),  # the file ends before
+        (RANGE, 3, UnreadableError, 4),
+        (PermissionError("Access Denied"), 3, UnreadableError, 1),  # libraries of stores give no errno
+        (IsADirectoryError("one"), 3, DamageError, 1),
+        (b"1234", 3, DamageError, 1),
+    ],
+)
+def test_what_a_store_gives_for_a_range_is_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    answer: OSError | bytes,
+    length: int,
+    error: type[Exception],
+    tries: int,
+) -> None:
+    asked: list[int | None] = []
+
     class Store(fsspec.get_filesystem_class("memory")):
         cachable = False
 
         def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
-            raise OSError(errno.EINVAL, "The requested range is not satisfiable")
+            asked.append(end)
+            if isinstance(answer, bytes):
+                return answer
+            raise answer
 
     files = RemoteFiles(Store(), f"/{uuid.uuid4().hex}")
     files.write("one", b"123")
-    monkeypatch.setattr("meshloom.checkpoint.files.RETRY_PAUSES", (0.0,))
-    for stop, error in ((4, DamageError), (3, UnreadableError)):
-        with files.reader("one") as reader, pytest.raises(error):
-            reader.fill(memoryview(bytearray(stop)), 0)
+    monkeypatch.setattr("meshloom.checkpoint.files.RETRY_PAUSES", (0.0, 0.0, 0.0))
+    with files.reader("one") as reader, pytest.raises(error):
+        reader.fill(memoryview(bytearray(length)), 0)
+    assert len(asked) == tries
+    assert caplog.text.count("it is tried again") == (tries > 1)
