@@ -38,6 +38,10 @@ class UnreadableError(CheckpointError):
         return type(self), (self.file, self.what)
 
 
+UNREADABLE_FIX = "start again once it can be read, or move that step out of the folder"
+"""What to do where a step of a folder of checkpoints can't be read, and may be the newest."""
+
+
 class DamageError(CheckpointError):
     """Stored bytes are not what was written: names the file and, where one is at fault, the block."""
 

@@ -6,11 +6,11 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, DamageError, UnreadableError
+from .errors import UNREADABLE_FIX, CheckpointError, DamageError, UnreadableError
 from .files import Files, LocalFiles, is_remote, local_path, open_files
 from .identity import RunIdentity
 from .manifest import MANIFEST, Manifest, prove_manifest
@@ -44,7 +44,7 @@ def is_step(files: Files) -> bool:
 def load_manifest(files: Files, *, arrays: bool = True) -> Manifest:
     """The manifest of a step's folder, with its digest checked; arrays=False: without them, which is faster.
 
-    Raises DamageError if there is none, or not as written.
+    Raises DamageError if there is none, or not as written, and UnreadableError if it can't be read.
     """
     return Manifest.decode(read_manifest_text(files), files.label(MANIFEST), arrays=arrays)
 
@@ -126,20 +126,35 @@ class StepListing:
     """The finished steps of a folder of checkpoints.
 
     run    id of the run that the folder belongs to; None: no run has saved here, only imports
-    heads  name → the head of its manifest, of every finished step; None: it is damaged
+    heads  name → the head of its manifest, of every finished step; None: it is damaged, or can't be read now
     names  of the run's own steps, the one to resume from first
     passed  number of the last commit that the run has left behind by going back to an earlier step; 0: none
+    unreadable  name → why, of the steps whose manifest can't be read now
     """
 
     run: str | None
     heads: dict[str, StepHead | None]
     names: list[str]
     passed: int = 0
+    unreadable: dict[str, UnreadableError] = field(default_factory=dict[str, UnreadableError])
 
     @property
     def commit(self) -> int:
-        """Number of the last commit in the folder; 0: none has one."""
+        """Number of the last commit in the folder, as far as it can be read; 0: none has one."""
         return max((head.commit for head in self.heads.values() if head is not None), default=0)
+
+    def has_steps_of(self, run: RunIdentity) -> bool:
+        """Return whether a run has saved here."""
+        return any(head is not None and head.run is not None and head.run.id == run.id for head in self.heads.values())
+
+    def refuse_unreadable(self, *, newest_only: bool = False) -> None:
+        """Raise UnreadableError where a step can't be read: it may be another run's.
+
+        newest_only: only where it may be the newest, so that what is saved now might count as older than that one
+        """
+        names, fear = (self.names[:1], "the newest step") if newest_only else (self.unreadable, "another run's")
+        for fault in (self.unreadable[name] for name in names if name in self.unreadable):
+            raise UnreadableError(fault.file, f"{fault.what}. It may be {fear}: {UNREADABLE_FIX}")
 
 
 def steps_newest_first(files: Files) -> list[str]:
@@ -156,21 +171,40 @@ def list_steps(files: Files) -> StepListing:
     versions 1 and 2, which have no numbers, and it names the step that was newest where that one's manifest can't be read.
 
     Steps of other runs are left out. Imports count as long as the run has saved nothing itself. A step whose manifest is
-    damaged counts, so that whoever opens it is told. Raises UnreadableError if something here can't be read now: taken for
-    damaged, it would put an older step first.
+    damaged counts, so that whoever opens it is told. So does one whose manifest can't be read now; it comes first if it may be
+    the newest, so that none goes on from an older one unawares. Raises DamageError or UnreadableError where the folder can't
+    be listed, or its owner or `LATEST` can't be read.
     """
-    finished = [name for name in files.names() if step_of(name) is not None and _is_finished(files, name)]
-    heads = _local_heads(files, finished) if isinstance(files, LocalFiles) else {name: _head(files, name) for name in finished}
+    finished = [name for name in files.names() if step_of(name) is not None and is_finished(files, name)]
+    found = _local_heads(files, finished) if isinstance(files, LocalFiles) else {name: _head(files, name) for name in finished}
+    heads = {name: head if isinstance(head, StepHead) else None for name, head in found.items()}
+    unreadable = {name: head for name, head in found.items() if isinstance(head, UnreadableError)}
     run = _owner(files, heads)
     own = _steps_of(run, heads)
     last = max((head.commit for head in own.values() if head is not None), default=0)
     back = _read_set_back(files)
     if back is None or back.name not in own or last > back.last:
-        return StepListing(run, heads, _in_order(own, _latest(files)))
-    head = own[back.name]
-    return StepListing(
-        run, heads, _in_order(own, back.name, given=True), last if head is not None and head.commit < last else 0
-    )
+        known = back is None or last > back.last
+        return StepListing(run, heads, _unreadable_first(_in_order(own, _latest(files)), unreadable, known), 0, unreadable)
+    head, names = own[back.name], _in_order(own, back.name, given=True)
+    passed = last if head is not None and head.commit < last else 0
+    return StepListing(run, heads, _unreadable_first(names, unreadable, True), passed, unreadable)
+
+
+def _unreadable_first(names: list[str], unreadable: Mapping[str, UnreadableError], known: bool) -> list[str]:
+    """Return the names with those first that can't be read and may be newer than the newest of the others.
+
+    known: whether that one is the newest for sure, but for steps of a higher number
+    """
+    newest = next((name for name in names if name not in unreadable), None)
+    first = [name for name in names if name in unreadable and not (known and _is_older(name, newest))]
+    if names and names[0] in unreadable and names[0] not in first:
+        first.insert(0, names[0])  # as `LATEST` says, or the run was set back to it
+    return [*first, *(name for name in names if name not in first)]
+
+
+def _is_older(name: str, newest: str | None) -> bool:
+    return newest is not None and (step_of(name) or 0) < (step_of(newest) or 0)
 
 
 def read_owner(files: Files) -> RunIdentity | None:
@@ -187,20 +221,20 @@ def read_owner(files: Files) -> RunIdentity | None:
         return None
 
 
-def _local_heads(files: LocalFiles, names: Sequence[str]) -> dict[str, StepHead | None]:
+def _local_heads(files: LocalFiles, names: Sequence[str]) -> dict[str, StepHead | CheckpointError]:
     """Return the head of each of these steps of a local folder.
 
     A start lists the folder several times, so heads are kept: a manifest is never changed but only replaced, and is read again
     only if it is another file. Whoever opens a step reads its manifest again, and checks it.
     """
     known = _heads_read.get(files.path, {})
-    heads: dict[str, StepHead | None] = {}
+    heads: dict[str, StepHead | CheckpointError] = {}
     read: dict[str, tuple[_FileIdentity, StepHead]] = {}
     for name in names:
         identity = _identity(files.path / name / MANIFEST)
         kept_for, kept = known.get(name, (None, None))
-        head = heads[name] = kept if kept_for == identity else _head(files, name)
-        if head is not None:
+        head = heads[name] = kept if kept is not None and kept_for == identity else _head(files, name)
+        if isinstance(head, StepHead):
             read[name] = identity, head
     _heads_read[files.path] = read  # steps that are gone leave nothing behind
     return heads
@@ -214,13 +248,12 @@ def _identity(manifest: Path) -> _FileIdentity:
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _head(files: Files, name: str) -> StepHead | None:
+def _head(files: Files, name: str) -> StepHead | CheckpointError:
+    """Return the head of a step's manifest, or why there is none."""
     try:
         return _read_head(files.child(name))
-    except UnreadableError:
-        raise
-    except CheckpointError:
-        return None
+    except CheckpointError as error:
+        return error
 
 
 def _read_head(files: Files) -> StepHead:
@@ -295,7 +328,11 @@ def find_latest(folder: str | Path) -> Path | str | None:
 
 
 def _newest_whole(files: Files) -> tuple[str, Manifest] | None:
-    for name in steps_newest_first(files):
+    listing = list_steps(files)
+    for name in listing.names:
+        fault = listing.unreadable.get(name)
+        if fault is not None:
+            raise UnreadableError(fault.file, fault.what)  # anew: the listing must not hold these frames
         manifest = open_unless_damaged(files.child(name))
         if manifest is not None:
             return name, manifest
@@ -325,10 +362,11 @@ def read_newest(location: str | Path) -> Manifest | None:
     return None if found is None else found[1]
 
 
-def _is_finished(files: Files, name: str) -> bool:
+def is_finished(files: Files, name: str) -> bool:
+    """Return whether a step of a folder has a manifest, or may have one that can't be read."""
     try:
         return files.size(f"{name}/{MANIFEST}") is not None
-    except DamageError:
+    except (DamageError, UnreadableError):
         return True  # whoever opens it is told what is wrong with it
 
 
@@ -342,16 +380,20 @@ def _latest(files: Files) -> str | None:
         return None
 
 
-def step_folders(location: str | Path) -> list[Files]:
+def step_folders(location: str | Path, *, listing: bool = False) -> list[Files]:
     """The step at a location, or all finished steps in a folder of checkpoints (or of a run), newest first.
 
-    Raises CheckpointError if there is none.
+    listing: for one that goes on where a step can't be read, which comes first then if it may be the newest
+
+    Raises CheckpointError if there is none and, unless for a listing, UnreadableError where the newest can't be told.
     """
     files = open_files(location)
     if is_step(files):
         return [files]
     for folder in (files, files.child("checkpoints")):
-        names = steps_newest_first(folder)
-        if names:
-            return [folder.child(name) for name in names]
+        found = list_steps(folder)
+        if not listing:
+            found.refuse_unreadable(newest_only=True)
+        if found.names:
+            return [folder.child(name) for name in found.names]
     raise CheckpointError(f"{files.label()}: there is no checkpoint here; give a step-… folder or a folder of them")

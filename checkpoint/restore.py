@@ -21,7 +21,7 @@ from .control import Control, Round
 from .convert.hugging_face.folder import HuggingFaceFolder, open_folder
 from .convert.hugging_face.reading import check_head, fill
 from .dtypes import name_of
-from .errors import CheckpointError, DamageError, UnreadableError
+from .errors import UNREADABLE_FIX, CheckpointError, DamageError, UnreadableError
 from .files import Files, hugging_face_folder, is_remote, local_path, open_files
 from .folder import StepListing, is_step, list_steps, load_manifest, open_manifest, open_unless_damaged, read_manifest_text
 from .identity import RunIdentity
@@ -117,8 +117,8 @@ def restore(
     group: a process group of the same ranks, with a CPU backend, that nothing else uses meanwhile. With it each byte that
     several ranks need is read by one of them and passed on.
 
-    Raises DamageError (file and block named) or CheckpointError; no tensor has been changed then, unless by a folder of
-    Hugging Face's.
+    Raises DamageError (file and block named), UnreadableError where it can't be told which steps there are, or
+    CheckpointError; no tensor has been changed then, unless by a folder of Hugging Face's.
     """
     began = time.perf_counter()
     talk = control.begin("restore", timeout)
@@ -191,7 +191,7 @@ def _try(
     except DamageError as error:
         answer = {"damaged": [error.file, error.what, error.block]}
     except UnreadableError as error:
-        fix = "start again once it can be read, or name another step"
+        fix = "start again once it can be read, or name another step" if _is_step(location) else UNREADABLE_FIX
         answer = {"refused": f"{error}. It need not be damaged, so no older step takes its place: {fix}"}
     except CheckpointError as error:
         answer = {"refused": str(error)}
@@ -211,8 +211,8 @@ def read_state(location: str | Path) -> dict[str, Any]:
 def read_manifest(location: str | Path) -> Manifest:
     """The manifest of a step's folder, or of the step that `restore` would try first in a folder of checkpoints.
 
-    For one process, or each for itself. Raises DamageError if a step's manifest is not as written, CheckpointError if a
-    folder has no complete step.
+    For one process, or each for itself. Raises DamageError if a step's manifest is not as written, UnreadableError if it
+    can't be read, or which step is the newest can't be told, and CheckpointError if a folder has no complete step.
     """
     foreign = hugging_face_folder(location)
     if foreign is not None:
@@ -264,6 +264,9 @@ def _found_in(location: str | Path) -> list[str]:
         return [base]
     listing = list_steps(open_files(location))
     found = [f"{base}/{name}" for name in listing.names]
+    listing.refuse_unreadable(newest_only=True)
+    for fault in listing.unreadable.values():
+        log.warning("%s; it is no step to resume from, since a newer one is there", fault)
     in_memory = None if is_remote(location) else find_recovery(local_path(location))
     if in_memory is not None and _is_newest(in_memory, listing):
         found.insert(0, _IN_MEMORY + in_memory.encode())

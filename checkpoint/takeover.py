@@ -25,8 +25,11 @@ def take_over(path: Path, run: RunIdentity, step: int | None = None) -> None:
     That one, `replaced-<id>`, is a folder of checkpoints again. Nothing is moved for the run that has the folder already.
 
     step: its own one that it goes on from, which is the newest from now on, until the next is saved
+
+    Raises UnreadableError where a step can't be read that may be the newest or, if the run has saved none here, another run's.
     """
     listing = list_steps(LocalFiles(path))
+    listing.refuse_unreadable(newest_only=listing.has_steps_of(run))
     others = others_of(listing, run)
     # First, so that from here on a crash leaves nothing that counts as this run's.
     replace_small(path / OWNER, _encode(run, listing.commit, step), "owner")
@@ -47,6 +50,7 @@ def take_over_remote(files: RemoteFiles, run: RunIdentity, step: int | None = No
     Nothing can be renamed there: another run's steps stay, and don't count.
     """
     listing = list_steps(files)
+    listing.refuse_unreadable(newest_only=listing.has_steps_of(run))
     others = others_of(listing, run)
     files.write(OWNER, _encode(run, listing.commit, step))
     for names in others.values():
@@ -56,7 +60,7 @@ def take_over_remote(files: RemoteFiles, run: RunIdentity, step: int | None = No
 def others_of(listing: StepListing, run: RunIdentity) -> dict[RunIdentity, list[str]]:
     """Steps that other runs have saved, by run. One that can't be read is this run's if it has saved here before."""
     saved_by = {name: head.run if head else UNREADABLE for name, head in listing.heads.items()}
-    returns = any(saver is not None and saver.id == run.id for saver in saved_by.values())
+    returns = listing.has_steps_of(run)
     others: dict[RunIdentity, list[str]] = {}
     for name, saver in sorted(saved_by.items()):
         if saver is not None and saver.id != run.id and not (saver == UNREADABLE and returns):

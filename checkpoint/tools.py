@@ -128,8 +128,8 @@ def prune(location: str | Path, keep: int) -> list[str]:
         raise CheckpointError("prune: keep at least 1 step")
     if is_step(open_files(location)):
         raise CheckpointError(f"{location}: this is a step; give the folder of all of them")
-    in_run = not steps_newest_first(open_files(location)) and bool(step_folders(location))
-    target = open_target(f"{str(location).rstrip('/')}/checkpoints" if in_run else location, coordinator=True)
+    in_run = not steps_newest_first(open_files(location)) and bool(step_folders(location, listing=True))
+    target = open_target(f"{str(location).rstrip('/')}/checkpoints" if in_run else location, coordinator=True, saves=False)
     try:
         return target.prune(keep)
     finally:

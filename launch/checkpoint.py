@@ -125,7 +125,7 @@ def _list(arguments: argparse.Namespace) -> int:
     from ..checkpoint.folder import open_step, step_folders
 
     damaged = 0
-    for files in step_folders(arguments.path):
+    for files in step_folders(arguments.path, listing=True):
         try:
             manifest = open_step(files)
             print(f"{files.label()}  step {manifest.step}  {_size(manifest.bytes)}  {counted(manifest.world_size, 'rank')}")
@@ -164,7 +164,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from ..checkpoint.tools import verify
 
     bad = 0
-    for files in step_folders(arguments.path):
+    for files in step_folders(arguments.path, listing=True):
         start, blocks, count, faults = time.perf_counter(), 0, 0, 0
         total = _stored_bytes(files)
         with progress(f"verifying {files.label()}") as advance:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from ..checkpoint.errors import CheckpointError
+from ..checkpoint.errors import CheckpointError, UnreadableError
 from ..checkpoint.files import HUGGING_FACE, hugging_face_folder, is_remote, local_path, open_files
 from ..checkpoint.folder import KEEPERS, find_latest, read_newest, step_name, steps_newest_first
 from ..checkpoint.manifest import MANIFEST, Manifest
@@ -52,7 +52,7 @@ def checkpoint_to_resume(config: DictConfig) -> Path | str | None:
             if _holds_checkpoint(folder):
                 return folder
         except (OSError, CheckpointError) as error:
-            fix = "give a checkpoint.folder, or an output_dir, that can be"
+            fix = "start again once it can be, or give a checkpoint.folder, or an output_dir, that can"
             raise ConfigError([Problem("checkpoint.folder", f"'{folder}' can't be read: {error}", fix)]) from error
         _refuse_forgotten_folder(config, folder)
     return None if wanted in ("auto", "none") else find_checkpoint(wanted.removeprefix(AUTO_FROM), "resume")
@@ -102,6 +102,9 @@ def find_checkpoint(location: str, key: str) -> Path | str:
         if open_files(location).size(MANIFEST) is not None:
             return location if is_remote(location) else Path(location)
         found = find_latest(location) or find_latest(f"{location.rstrip('/')}/checkpoints")
+    except UnreadableError as error:
+        fix = "start again once it can be, or name another step, as a step-… folder"
+        raise ConfigError([Problem(key, f"'{location}' can't be read: {error}", fix)]) from error
     except (OSError, ValueError, CheckpointError) as error:  # somebody else's folder, an unknown protocol, no name at all
         raise ConfigError([Problem(key, f"'{location}' can't be read: {error}", fix)]) from error
     if found is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..checkpoint.errors import CheckpointError
+from ..checkpoint.errors import UNREADABLE_FIX, CheckpointError, UnreadableError
 from ..checkpoint.manifest import Manifest
 from ..config.compose import Composer, Composition
 from ..config.problems import ConfigError, Problem
@@ -19,6 +19,7 @@ from ..data.config import TRAINED
 from ..optim.progress import BEGINNING, Progress
 from ..planner.cluster import ClusterConfig
 from .checkpoint_fit import checkpoint_problems
+from .derived import checkpoint_folder
 from .find_checkpoint import carried_tokenizer, checkpoint_manifest, checkpoint_to_resume, is_import, saved_progress
 from .fitting import Fitting
 from .imported_config import import_config
@@ -271,6 +272,9 @@ def _read_checkpoint(config: DictConfig) -> tuple[Path | str | None, Manifest | 
         return checkpoint, checkpoint_manifest(checkpoint)
     except CheckpointError as error:
         fix = "name another one as resume=<path>, or begin anew with resume=none"
+        if isinstance(error, UnreadableError):  # which may pass, and resume=none would put the run's steps aside
+            named = "start again once it can be read, or name another one as resume=<path>"
+            fix = UNREADABLE_FIX if checkpoint == checkpoint_folder(config) else named
         raise ConfigError([Problem("resume", f"there is no going on from '{checkpoint}': {error}", fix)]) from error
 
 

@@ -88,9 +88,10 @@ def compose(
     plan = SavePlan.of(Description.of(declarations, 0))
     layout = lay_out(declarations, plan.pieces(0, declarations))
     token = new_token()
+    _refuse_mixing(folder, step, overwrite)  # before a run that saves there is in the way, and before anything is cleared
     target = open_target(folder, coordinator=True)
     try:
-        _refuse_mixing(folder, step, overwrite)  # with the folder locked, so that two imports don't both find it free
+        _refuse_mixing(folder, step, overwrite)  # again with the folder locked, so that two imports don't both find it free
         target.begin(step, token)
         try:
             place = Path(target.place(step, token))
@@ -132,7 +133,9 @@ def compose(
 
 def _refuse_mixing(folder: str | Path, step: int, overwrite: bool) -> None:
     """Raise CheckpointError if a folder holds a run's checkpoints or, unless told to overwrite, this very step."""
-    if list_steps(open_files(folder)).run is not None:
+    listing = list_steps(open_files(folder))
+    listing.refuse_unreadable()
+    if listing.run is not None:
         raise CheckpointError(f"{folder} holds a run's checkpoints, which an import must not mix with; give another folder")
     if not overwrite and (local_path(folder) / step_name(step)).exists():
         name = step_name(step)

@@ -21,7 +21,7 @@ from pathlib import Path
 from ..errors import CheckpointError, DamageError
 from ..faults import reach
 from ..files import LocalFiles, RemoteFiles, open_files
-from ..folder import LATEST, OWNER, check_lengths, list_steps, load_manifest, step_name, step_of, steps_newest_first
+from ..folder import LATEST, OWNER, check_lengths, is_finished, list_steps, load_manifest, step_name, step_of
 from ..identity import RunIdentity
 from ..lease import Lease
 from ..lock import FolderLock
@@ -107,18 +107,28 @@ class Target(abc.ABC):
         """Let another run save here."""
 
 
-def open_target(location: str | Path, coordinator: bool) -> Target:
-    """The place to save into. The coordinator locks it against other runs and clears what crashed saves left."""
+def open_target(location: str | Path, coordinator: bool, *, saves: bool = True) -> Target:
+    """The place to save into. The coordinator locks it against other runs and clears what crashed saves left.
+
+    saves: False to delete steps only. Else raises UnreadableError where a step that may be the newest can't be read
+    """
     files = open_files(location)
     if isinstance(files, RemoteFiles):
-        return RemoteTarget(files, coordinator)
-    return LocalTarget(files.path, coordinator)
+        return RemoteTarget(files, coordinator, saves)
+    return LocalTarget(files.path, coordinator, saves)
+
+
+def _last_commit(files: LocalFiles | RemoteFiles, saves: bool) -> int:
+    listing = list_steps(files)
+    if saves:
+        listing.refuse_unreadable(newest_only=True)  # its number is not known, and the next must be higher
+    return listing.commit
 
 
 class LocalTarget(Target):
     """A folder on a file system that all nodes mount."""
 
-    def __init__(self, path: Path, coordinator: bool) -> None:
+    def __init__(self, path: Path, coordinator: bool, saves: bool = True) -> None:
         super().__init__()
         self.path = path
         self._lock: FolderLock | None = None
@@ -128,7 +138,7 @@ class LocalTarget(Target):
             self._lock = FolderLock(path)
             try:
                 self._clear()
-                self._commit = list_steps(LocalFiles(path)).commit
+                self._commit = _last_commit(LocalFiles(path), saves)
             except BaseException:
                 self.close()  # or the next try would be told of another run
                 raise
@@ -252,7 +262,7 @@ class LocalTarget(Target):
 class RemoteTarget(Target):
     """A folder on an object store. Should two runs write there all the same, their files have names of their own."""
 
-    def __init__(self, files: RemoteFiles, coordinator: bool) -> None:
+    def __init__(self, files: RemoteFiles, coordinator: bool, saves: bool = True) -> None:
         super().__init__()
         self.files = files
         self._lease: Lease | None = None
@@ -261,7 +271,7 @@ class RemoteTarget(Target):
         if coordinator:
             self._lease = Lease(files)
             try:
-                self._commit = list_steps(files).commit  # the run before may have committed until it let the folder go
+                self._commit = _last_commit(files, saves)  # the run before may have committed until it let the folder go
             except BaseException:
                 self.close()  # or the next try would be told of another run
                 raise
@@ -317,7 +327,7 @@ class RemoteTarget(Target):
         folders = {step_name(manifest.step): named}
         if self._first:
             past = [name for name in self.files.names() if (step_of(name) or manifest.step) < manifest.step]
-            folders |= {name: set[str]() for name in past if self.files.size(f"{name}/{MANIFEST}") is None}
+            folders |= {name: set[str]() for name in past if not is_finished(self.files, name)}
         for step, kept in folders.items():
             folder = self.files.child(step)
             for name in folder.names():
@@ -358,13 +368,18 @@ def steps_to_prune(files: LocalFiles | RemoteFiles, keep: int, suspected: int | 
     suspected: a step at which something was wrong with the run; the newest complete step before it is kept, too
 
     A step that is damaged as far as can be told without reading its data does not count among those kept, so that
-    retention never deletes the last checkpoint that can be restored.
+    retention never deletes the last checkpoint that can be restored. One whose manifest can't be read stays.
     """
     if keep == 0:
         return []
     good = 0
     doomed: list[str] = []
-    for name in steps_newest_first(files):
+    listing = list_steps(files)
+    for name, reason in listing.unreadable.items():
+        log.warning("retention: %s stays, and does not count as kept: %s", name, reason)
+    for name in listing.names:
+        if name in listing.unreadable:
+            continue
         step = step_of(name)
         last_good = suspected is not None and step is not None and step < suspected
         if good >= keep and not last_good:

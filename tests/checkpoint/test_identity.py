@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,12 +17,14 @@ from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.convert.compose import Source, compose
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.files import open_files
-from meshloom.checkpoint.folder import find_latest, list_steps, steps_newest_first
+from meshloom.checkpoint.folder import find_latest, list_steps, step_folders, steps_newest_first
 from meshloom.checkpoint.identity import UNNAMED, Parent, RunIdentity
 from meshloom.checkpoint.manifest import Manifest
 from meshloom.checkpoint.restore import holds_checkpoint, restore
 from meshloom.checkpoint.saving.commit import open_target
+from meshloom.checkpoint.takeover import take_over
 from meshloom.checkpoint.tools import prune
+from meshloom.launch.checkpoint import main
 from support.checkpoint_runs import open_run, restored_step, save_steps
 from support.checkpoint_worlds import fragments, make_arrays
 from support.old_formats import rewrite_as
@@ -167,6 +170,54 @@ def test_an_import_replaces_another_only_when_told_to(tmp_path: Path, monkeypatc
     (after,) = tmp_path.glob("step-*")
     assert (after.name, after.stat().st_ino != inode) == ("step-00000000", True)
     assert head(after).commit == 2
+
+
+def test_an_import_into_the_folder_of_a_run_under_way_is_refused_at_once(tmp_path: Path) -> None:
+    running = open_run(tmp_path)
+    running.begin_run(A)
+    left = tmp_path / "step-00000009.tmp-abc"
+    left.mkdir()
+    with pytest.raises(CheckpointError, match="holds a run's checkpoints"):
+        bring_in(tmp_path)
+    running.finish()
+    with pytest.raises(CheckpointError, match="holds a run's checkpoints"):
+        bring_in(tmp_path)
+    assert left.is_dir()
+
+
+def test_a_step_that_can_not_be_read_shuts_no_folder_unless_it_may_be_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_of(tmp_path, A, 1, 2, 3, 4)
+    read_bytes, bad = Path.read_bytes, tmp_path / "step-00000001"
+
+    def refuse(path: Path) -> bytes:
+        if path == bad / "manifest.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("meshloom.checkpoint.files.RETRY_PAUSES", ())
+    monkeypatch.setattr("meshloom.checkpoint.folder._heads_read", {})  # as a new process
+    assert main(["list", str(tmp_path)]) == main(["verify", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert said.count(f"{bad}  can not be read: ") == said.count(f"UNREADABLE {bad}/manifest.json: ") == 1
+    assert said.count("every block is as written") == 3
+    assert restored_step(tmp_path) == 4 and "it is no step to resume from" in caplog.text
+    run_of(tmp_path, A, 5, keep=2)
+    assert names(tmp_path) == ["step-00000005", "step-00000004", bad.name]
+    for refused in (lambda: bring_in(tmp_path, 9), lambda: take_over(tmp_path, B)):
+        with pytest.raises(CheckpointError, match=r"It may be another run's: .* move that step out of the folder"):
+            refused()
+    bad = tmp_path / "step-00000005"
+    monkeypatch.setattr("meshloom.checkpoint.folder._heads_read", {})
+    for refused in (lambda: restored_step(tmp_path), lambda: open_run(tmp_path), lambda: step_folders(tmp_path)):
+        with pytest.raises(CheckpointError, match=f"{bad}/manifest.json.* move that step out of the folder"):
+            refused()
+    (tmp_path / "LATEST").unlink()
+    assert names(tmp_path)[0] == bad.name
+    assert prune(tmp_path, 1) == ["step-00000001"]
+    assert names(tmp_path) == [bad.name, "step-00000004"]
 
 
 def test_a_run_of_an_older_version_goes_on_in_its_folder(tmp_path: Path) -> None:

@@ -246,13 +246,28 @@ def test_a_checkpoint_may_be_named_by_a_file_url(tmp_path: Path) -> None:
     assert sorted(rows(tmp_path / "branch", "loss")) == [3]
 
 
-def test_a_damaged_checkpoint_is_refused_by_what_names_it(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused_by_what_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go(1, tmp_path / "run", "trainer.steps=2")
     step = tmp_path / "run" / "checkpoints" / "step-00000002"
     (step / "manifest.json").write_text("{")
-    for folder, words in (("other", [f"resume={step}"]), ("run", ["resume=auto"])):
-        (problem,) = resolve_words(TINY, [f"output_dir={tmp_path / folder}", *words]).problems
+    places = (("other", f"resume={step}"), ("run", "resume=auto"), ("other", f"resume={step.parent}"))
+    for folder, word in places[:2]:
+        (problem,) = resolve_words(TINY, [f"output_dir={tmp_path / folder}", word]).problems
         assert problem.key == "resume" and re.search(r"no going on from .*resume=none", str(problem))
+
+    read_bytes = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.name == "manifest.json":
+            raise PermissionError(f"{path}: Access Denied")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    fixes = ("name another one", "move that step out of the folder", "name another step")
+    for (folder, word), fix in zip(places, fixes, strict=True):
+        (problem,) = resolve_words(TINY, [f"output_dir={tmp_path / folder}", word]).problems
+        assert problem.key == "resume"
+        assert re.search(f"manifest.json: reading it failed: .*start again once it can be.*, or {fix}", str(problem))
 
 
 def refused(rank: int, world_size: int, overrides: list[str]) -> str:
