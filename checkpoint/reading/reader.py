@@ -309,8 +309,10 @@ class Reader:
     def _prove(self, number: int, proof: int) -> bytes:
         """The digests of the leaves of the next PROOF_BLOCKS blocks of a file, proved by the manifest's digests of these."""
         if (number, proof) not in self._proved:
-            begun = self._proving.pop((number, proof), None)
-            data = self._read_proof(number, proof) if begun is None else begun.result()
+            if (number, proof) in self._proving:
+                data = self._proving.pop((number, proof)).result()  # kept in no variable: see `_finish`
+            else:
+                data = self._read_proof(number, proof)
             while len(self._proved) >= PROOFS_KEPT:
                 del self._proved[next(iter(self._proved))]
             self._proved[number, proof] = data
