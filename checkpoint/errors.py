@@ -39,7 +39,7 @@ class UnreadableError(CheckpointError):
 
 
 UNREADABLE_FIX = "start again once it can be read, or move that step out of the folder"
-"""What to do where a step of a folder of checkpoints can't be read, and may be the newest."""
+"""Advice where a step of a folder of checkpoints can't be read, and may be the newest."""
 
 
 class DamageError(CheckpointError):

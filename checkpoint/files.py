@@ -38,8 +38,7 @@ def _read_with_retries(label: str, doing: str, action: Callable[[], T]) -> T:
     Raises FileNotFoundError or NotADirectoryError if it is not there, DamageError if it can't be what was written, and
     UnreadableError if nothing can be said of it.
     """
-    told = False
-    for pause in (*RETRY_PAUSES, None):
+    for tries, pause in enumerate((*RETRY_PAUSES, None)):
         try:
             return action()
         except _ABSENT:
@@ -51,9 +50,8 @@ def _read_with_retries(label: str, doing: str, action: Callable[[], T]) -> T:
                 raise DamageError(label, what) from error
             if isinstance(error, PermissionError) or pause is None:
                 raise UnreadableError(label, what) from error
-            if not told:
+            if tries == 0:
                 log.warning("%s: %s; it is tried again for %g s", label, what, sum(RETRY_PAUSES))
-            told = True
             time.sleep(pause)
     raise AssertionError
 

@@ -37,7 +37,7 @@ KINDS = ("weights", "gathered", "gradients", "optimizer", "activations", "workin
 
 @dataclass(frozen=True)
 class RankCost:
-    """One pipeline coordinate's costs: those of its ranks with the largest shards. Bytes, but for the first four.
+    """One pipeline coordinate's costs: those of its ranks with the largest shards. Bytes, but for the first four and `needs`.
 
     layers      layers of each of its stages
     elements    parameters that it holds the master of
@@ -254,8 +254,7 @@ def _weight_bytes(
 def _narrow_gradients(held: Sequence[WeightGroup], layout: Layout, job: Job, needs: OptimizerNeeds) -> bool:
     """Return whether gradients of weights that lie whole go to the optimizer in the dtype of the computation."""
     sharing = layout.expert_weights * layout.expert_copies if held[0].experts else layout.gradient_ranks
-    exact = PRECISIONS[job.precision]
-    return sharing == 1 and job.micro_batches == 1 and exact.bytes < exact.accum_bytes and needs.fused
+    return needs.fused and job.narrow_gradients(sharing)
 
 
 def _update_bytes(held: Sequence[WeightGroup], job: Job, needs: OptimizerNeeds, *, narrow: bool) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..config.precision import PRECISIONS
 from ..models.costs import ForwardPass
 from ..optim.optimizers.config import AdamWConfig, OptimConfig
 from ..optim.optimizers.eight_bit_config import LARGEST_BLOCK, AdamW8bitConfig
@@ -51,6 +52,11 @@ class Job:
     def tokens(self) -> int:
         """Positions of a micro-batch, before context parallelism cuts them."""
         return self.micro * self.seq_len if self.row is None else self.row
+
+    def narrow_gradients(self, ranks: int) -> bool:
+        """Return whether gradients of whole weights, added up over so many ranks, can stay in the computation's dtype."""
+        exact = PRECISIONS[self.precision]
+        return ranks == 1 and self.micro_batches == 1 and exact.bytes < exact.accum_bytes
 
     def forward_pass(self, parallel: ParallelConfig) -> ForwardPass:
         """Describe a rank's forward pass of one micro-batch."""

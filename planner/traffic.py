@@ -47,11 +47,11 @@ def torch_moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, job: J
     own, whole = rank.elements, rank.whole(layout)
     away, copied = (ways - 1) / ways, 2 * (copies - 1) / copies
     adding = (unit + 2 * exact) * whole
-    update = _update_bytes(rank, parallel, layout, job) * own
+    update = _update_traffic(rank, parallel, layout, job) * own
     if not uses_fsdp(parallel, layout):
         gradient = unit if many == 1 else exact
         within = many * adding if many > 1 else 0.0
-        within += _making_bytes(rank, job) * own
+        within += _making_traffic(rank, job) * own
         if ranks > 1:
             within += 3 * gradient * whole + exact * own
         return Traffic(within, (unit + gradient) * whole * away + exact * own * copied, update)
@@ -64,7 +64,7 @@ def torch_moved(rank: RankCost, parallel: ParallelConfig, layout: Layout, job: J
     return Traffic(within, between, update)
 
 
-def _update_bytes(rank: RankCost, parallel: ParallelConfig, layout: Layout, job: Job) -> float:
+def _update_traffic(rank: RankCost, parallel: ParallelConfig, layout: Layout, job: Job) -> float:
     """Count the bytes that an update moves for an element, with the gradient's norm and scale, and the computation's copy.
 
     A kernel of ours reads gradient, state and weight and writes state, weight and copy (`kernels/triton_adamw.py`,
@@ -74,7 +74,7 @@ def _update_bytes(rank: RankCost, parallel: ParallelConfig, layout: Layout, job:
     """
     unit, exact, needs = PRECISIONS[job.precision].bytes, PRECISIONS[job.precision].accum_bytes, rank.needs
     whole = not uses_fsdp(parallel, layout)
-    narrow = whole and layout.gradient_ranks == 1 and job.micro_batches == 1 and unit < exact
+    narrow = whole and job.narrow_gradients(layout.gradient_ranks)
     copies = whole and unit < exact and job.masters == "full"
     if needs.fused and exact == 4 and parallel.offload == "none":
         weight = 2 * exact + (unit if copies else 0)
@@ -85,7 +85,7 @@ def _update_bytes(rank: RankCost, parallel: ParallelConfig, layout: Layout, job:
     return gradient + needs.passes * exact + (unit + exact if copies else 0)
 
 
-def _making_bytes(rank: RankCost, job: Job) -> int:
+def _making_traffic(rank: RankCost, job: Job) -> int:
     """Count the bytes that masters move for an element which are made for an update, and rounded after it."""
     made = 0 if rank.needs.rounded else PRECISIONS[job.precision].bytes + PRECISIONS[job.precision].accum_bytes
     return {"full": 0, "bf16_stochastic": 2, "bf16_kahan": 4}[job.masters] * made

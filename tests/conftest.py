@@ -76,3 +76,12 @@ def nothing_left(tmp_path: Path) -> Iterator[None]:
     faults.install(None)
     for entry, address in registered(tmp_path).items():
         dismiss(entry, address)
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Garbage is not collected: the trainer does that rarely, and what a save or a restore leaves behind is large."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

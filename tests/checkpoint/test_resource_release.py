@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import resource
@@ -35,15 +34,6 @@ from support.checkpoint_worlds import fragments, make_arrays
 from support.mapped_memory import staging_buffers_mapped
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-
-@pytest.fixture
-def no_collection() -> Iterator[None]:
-    """Garbage is not collected: the trainer does that rarely, and what a save leaves behind is large."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.mark.usefixtures("no_collection")

@@ -78,7 +78,10 @@ def fill(
                     raise
                 fault = error
     if fault is not None:
-        raise fault
+        try:
+            raise fault
+        finally:
+            del fault  # or it and this frame would hold each other, and all tensors, until garbage is collected
     return reader.traffic
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import threading
 import weakref
 from collections.abc import Iterator
@@ -266,14 +265,6 @@ def test_a_failed_read_leaves_no_memory_to_the_garbage_collection(tmp_path: Path
             broken.enter_context(_flipped(step / manifest.files[0].leaves, 5))
             reader._proved.clear()  # those that prove the header would do for all spans
         assert fail()() is None
-
-
-@pytest.fixture
-def no_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def test_any_columns_of_panels_are_read(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ CHANGES = ("another rule", "another name", "none")
 
 
 def of_changed_fsdps(rank: int, world_size: int) -> list[tuple[bool, list[str], list[float]]]:
-    """What `of_a_changed_fsdp` finds after each change."""
+    """Return the findings of `of_a_changed_fsdp` after each change."""
     found: list[tuple[bool, list[str], list[float]]] = []
     for change in CHANGES:
         with pytest.MonkeyPatch.context() as patch:
