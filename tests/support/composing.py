@@ -24,6 +24,9 @@ LOAD = (ConfigRepository, "load_config", ["self", "config_path"])
 MERGE = (ConfigLoaderImpl, "_compose_config_from_defaults_list", ["self", "defaults", "repo"])
 """Merges the recipes of a list of defaults, before the command line's values are put in."""
 
+_HYDRAS_OWN: dict[tuple[type, str], Any] = {}
+"""The methods as they were before `share_compositions`."""
+
 
 def share_compositions() -> None:
     """Have Hydra read each recipe, merge each choice of them and parse each override once in this process and its forks.
@@ -32,6 +35,8 @@ def share_compositions() -> None:
     user's folder is read anew each time, as its files may change. Raises AssertionError where Hydra has other methods.
     """
     parse, load, merge = (_method_of_hydra(*each) for each in (PARSE, LOAD, MERGE))
+    for (owner, name, _), method in zip((PARSE, LOAD, MERGE), (parse, load, merge), strict=True):
+        _HYDRAS_OWN.setdefault((owner, name), method)
     ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]  # nothing writes to the copy
     parsed, loaded, merged = dict[str, Override](), dict[Any, Any](), dict[Any, Any]()
 
@@ -64,6 +69,12 @@ def share_compositions() -> None:
     OverridesParser.parse_rule = parse_once  # type: ignore[method-assign]
     ConfigRepository.load_config = load_once  # type: ignore[method-assign]
     ConfigLoaderImpl._compose_config_from_defaults_list = merge_once  # type: ignore[method-assign]
+
+
+def compose_anew() -> None:
+    """Have Hydra read, merge and parse in this process as it does outside of tests, whatever earlier tests have composed."""
+    for (owner, name), method in _HYDRAS_OWN.items():
+        setattr(owner, name, method)
 
 
 def _method_of_hydra(owner: type, name: str, parameters: list[str]) -> Callable[..., Any]:

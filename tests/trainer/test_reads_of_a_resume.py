@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from meshloom.launch import rank as launched
+from support.composing import compose_anew
 from support.ranks import run_ranks
 from support.tiny_run import ANY_DATA
 
@@ -37,6 +38,7 @@ def started(rank: int, world_size: int, folder: str, words: list[str]) -> dict[s
         elif path.endswith(".yaml"):
             asked[f"{RECIPES}{Path(path).name}"] += 1
 
+    compose_anew()  # where an earlier test has composed these recipes, they would not be read again
     sys.addaudithook(note)
     assert launched.main(words) == 0
     return dict(asked)
