@@ -23,7 +23,7 @@ from .batch import IGNORED, GlobalBatch, MicroBatch, Sample, Samples
 
 
 @dataclass(frozen=True)
-class Assignment:
+class BatchAssignment:
     """The micro-batches of every data rank in one step.
 
     ranks       by data rank, its micro-batches in order, each as the indices of its samples; an empty one is blank
@@ -128,7 +128,7 @@ class Assigner:
         first, end = (batch.count * island // self.islands for island in (self.island, self.island + 1))
         return GlobalBatch(batch.first + first, end - first)
 
-    def assign(self, batch: GlobalBatch, micro: int) -> Assignment:
+    def assign(self, batch: GlobalBatch, micro: int) -> BatchAssignment:
         """Deal a global batch in micro-batches of `micro` samples; of fewer, if the whole batch has fewer."""
         batch = self.part(batch)
         rows, passes, first_half = self._sizes(batch.count, micro)
@@ -144,7 +144,7 @@ class Assigner:
             return (*mine, *[blank] * (passes - len(mine)))
 
         ranks = tuple(dealt(rank) for rank in range(self.data_size))
-        return Assignment(ranks, rows, first_half if self.halves else None)
+        return BatchAssignment(ranks, rows, first_half if self.halves else None)
 
     def load(self, samples: Samples, batch: GlobalBatch, micro: int, data_rank: int, *, by_worker: bool = False) -> Share:
         """Deal a global batch in micro-batches of `micro` samples, and read the share of one data rank: always by worker."""
@@ -177,13 +177,13 @@ class Assigner:
         return rows, next(n for n in naturals(least) if self.can_run(n)), first_half
 
 
-def load_share(samples: Samples, assignment: Assignment, data_rank: int) -> Share:
+def load_share(samples: Samples, assignment: BatchAssignment, data_rank: int) -> Share:
     """Read the samples of one data rank, and fill its micro-batches with blank rows to their usual shape."""
     batches = [_collate(samples, indices, assignment) for indices in assignment.ranks[data_rank]]
     return Share(batches, assignment.passes, assignment.workers, assignment.first_half)
 
 
-def _collate(samples: Samples, indices: range, assignment: Assignment) -> MicroBatch:
+def _collate(samples: Samples, indices: range, assignment: BatchAssignment) -> MicroBatch:
     rows = [samples[index] for index in indices]
     if len(rows) < assignment.rows:
         like = rows[0] if rows else samples[assignment.ranks[0][0][0]]

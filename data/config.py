@@ -194,7 +194,7 @@ class ShardsConfig(PackingConfig):
 
 
 @dataclass(frozen=True)
-class MixtureConfig(TokenizedConfig, CachedConfig):
+class DataMixtureConfig(TokenizedConfig, CachedConfig):
     """Several sources by weight, with one tokenizer. Keys that sources have too apply to all of them."""
 
     _target_: str = target("meshloom.data.mixture.Mixture")
@@ -293,7 +293,7 @@ OPTIONS: tuple[type, ...] = (
     ParquetConfig,
     HfConfig,
     ShardsConfig,
-    MixtureConfig,
+    DataMixtureConfig,
     SyntheticConfig,
 )
 """Schemas of the group, known to Hydra as data/base_<name>; `recipes/data/<name>.yaml` extends them."""

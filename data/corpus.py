@@ -12,7 +12,7 @@ import xxhash
 from ..config.cache import cache_folder, expand_user
 from ..config.hashing import hash64
 from ..config.problems import ConfigError, Problem
-from .config import CorpusConfig, MixtureConfig, PackingConfig
+from .config import CorpusConfig, DataMixtureConfig, PackingConfig
 from .documents.chat import MADE
 from .documents.sources import DocumentSource
 from .samples.order import Shuffled, StoredSamples, ValidationSamples
@@ -43,9 +43,9 @@ class TokenizerSettings:
     fim: bool = False
 
     @classmethod
-    def of(cls, config: CorpusConfig | MixtureConfig) -> TokenizerSettings:
+    def of(cls, config: CorpusConfig | DataMixtureConfig) -> TokenizerSettings:
         """Return the settings of a data node; of a mixture, those that all its sources need."""
-        if isinstance(config, MixtureConfig):
+        if isinstance(config, DataMixtureConfig):
             nodes = [node for node in config.named_sources.values() if isinstance(node, Mapping)]
             fim = any(cast(Mapping[str, Any], node).get("fim_rate") for node in nodes)
         else:

@@ -16,7 +16,7 @@ from ..config.hashing import hash64
 from ..config.problems import ConfigError, Problem
 from .batch import Samples
 from .build import build_source
-from .config import MixtureConfig
+from .config import DataMixtureConfig
 from .corpus import Corpus, Packed, TokenizerSettings
 from .node import DataNode
 from .samples.blend import MixedSamples, apportion
@@ -31,13 +31,13 @@ FIX = "name some in a recipe's defaults: /data@sources.code: stdlib"
 
 
 class Mixture:
-    """Several data nodes as one. See `meshloom.data.config.MixtureConfig` for the keys.
+    """Several data nodes as one. See `meshloom.data.config.DataMixtureConfig` for the keys.
 
     Sources that start from documents share the tokenizer that `tokenizer` names (bpe: trained on equal parts of all of
     them). If a source brings tokens of its own (shards), all sources use its tokenizer.
     """
 
-    def __init__(self, config: MixtureConfig, seed: int) -> None:
+    def __init__(self, config: DataMixtureConfig, seed: int) -> None:
         self.seed = seed
         self.seq_len = config.seq_len
         self.version = config.version
@@ -85,7 +85,7 @@ class Mixture:
             if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
                 what = "is not given" if weight is None else f"{weight} is no share"
                 found.append(Problem(f"{key}.weights.{name}", what, "give a number, 0 for a source that is not read now"))
-            defaults = MixtureConfig().shared
+            defaults = DataMixtureConfig().shared
             for shared, common in self._config.shared.items():
                 value = self._written[name].get(shared)
                 if value not in (None, common, defaults[shared]):

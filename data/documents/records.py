@@ -150,7 +150,7 @@ class JsonLines(RecordFiles):
 
     def _records(self, path: Path) -> Iterator[tuple[str, Any]]:
         """Yield the records of one file, each with its place."""
-        if _layout(formats.head(path)) is not _Layout.LINES:
+        if _layout(formats.head(path)) is not _JsonLayout.LINES:
             yield from _whole_records(path)
             return
         for number, line in enumerate(formats.lines(path), 1):
@@ -168,7 +168,7 @@ class JsonLines(RecordFiles):
         return self.record.of(cast(dict[str, Any], record))
 
 
-class _Layout(Enum):
+class _JsonLayout(Enum):
     """The arrangement of records in a file of JSON."""
 
     LINES = "an object per line"
@@ -176,15 +176,15 @@ class _Layout(Enum):
     ARRAY = "an array of objects"
 
 
-def _layout(start: bytes) -> _Layout:
+def _layout(start: bytes) -> _JsonLayout:
     """Tell the layout by the first bytes of a file."""
     start = start.removeprefix(_MARK).lstrip()
     if start.startswith(b"["):
-        return _Layout.ARRAY
+        return _JsonLayout.ARRAY
     line, ended, rest = start.partition(b"\n")
     if not ended or not line.startswith(b"{") or not rest.strip():
-        return _Layout.LINES
-    return _Layout.VALUES if line.rstrip().endswith((b",", b"{", b"[", b":")) else _Layout.LINES
+        return _JsonLayout.LINES
+    return _JsonLayout.VALUES if line.rstrip().endswith((b",", b"{", b"[", b":")) else _JsonLayout.LINES
 
 
 def _whole_records(path: Path) -> Iterator[tuple[str, Any]]:

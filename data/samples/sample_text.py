@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Span:
+class SampleSpan:
     """Positions [start, stop) of a sample that are alike, as text.
 
     document  number in the sample, from 0; 0 throughout where attention crosses documents
@@ -44,7 +44,7 @@ def learned_positions(sample: Sample) -> NDArray[np.bool_]:
     return np.concatenate([[False], sample.targets[:-1] != IGNORED])
 
 
-def sample_spans(sample: Sample, tokenizer: Tokenizer | None) -> list[Span]:
+def sample_spans(sample: Sample, tokenizer: Tokenizer | None) -> list[SampleSpan]:
     """Return a sample's spans in order, without the padding at its end. Tokens without a tokenizer are shown as numbers."""
     end = None if tokenizer is None else tokenizer.end_of_document
     used = len(sample.tokens) - padding_of(sample, end)
@@ -55,7 +55,7 @@ def sample_spans(sample: Sample, tokenizer: Tokenizer | None) -> list[Span]:
     changes = np.flatnonzero((np.diff(learned.astype(np.int8)) != 0) | (np.diff(documents) != 0)) + 1
     borders, tokens = [0, *changes.tolist(), used], sample.tokens.tolist()
     return [
-        Span(
+        SampleSpan(
             _text(tokens, _begin(documents, start), start, stop, tokenizer),
             start,
             stop,

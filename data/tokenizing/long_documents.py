@@ -26,7 +26,7 @@ AGREEMENT = 16  # tokens of one place and id on which both parts must agree
 
 
 @dataclass(frozen=True)
-class _Part:
+class _EncodedPart:
     """The tokens of a part: their ids, and where each begins and ends in the document."""
 
     ids: list[int]
@@ -34,7 +34,7 @@ class _Part:
     ends: list[int]
 
     @classmethod
-    def of(cls, encoding: Encoding, offset: int) -> _Part:
+    def of(cls, encoding: Encoding, offset: int) -> _EncodedPart:
         spans = encoding.offsets
         return cls(encoding.ids, [offset + start for start, _ in spans], [offset + end for _, end in spans])
 
@@ -49,11 +49,11 @@ def encode_long(text: str, piece: int, encode: Callable[[str], Encoding]) -> NDA
     """
     overlap = min(OVERLAP, piece // 2)
     joined: list[NDArray[np.int64]] = []
-    part, begin = _Part.of(encode(text[:piece]), 0), 0
+    part, begin = _EncodedPart.of(encode(text[:piece]), 0), 0
     start = 0
     while start + piece < len(text):
         start += piece - overlap
-        following = _Part.of(encode(text[start : start + piece]), start)
+        following = _EncodedPart.of(encode(text[start : start + piece]), start)
         place = _join(part, following, start, start + overlap)
         if place is None or place[0] < begin:
             return np.array(encode(text).ids, np.int64)
@@ -62,7 +62,7 @@ def encode_long(text: str, piece: int, encode: Callable[[str], Encoding]) -> NDA
     return np.concatenate([*joined, np.array(part.ids[begin:], np.int64)])
 
 
-def _join(part: _Part, following: _Part, start: int, stop: int) -> tuple[int, int] | None:
+def _join(part: _EncodedPart, following: _EncodedPart, start: int, stop: int) -> tuple[int, int] | None:
     """Find where both parts agree on a run of tokens in the middle of [start, stop): the number of its middle in each."""
     margin = (stop - start) // 4
     here = bisect_left(part.starts, start + margin)

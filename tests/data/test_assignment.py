@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshloom.data.assignment import Assigner, Assignment, load_share
+from meshloom.data.assignment import Assigner, BatchAssignment, load_share
 from meshloom.data.batch import IGNORED, GlobalBatch, Sample
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.pipeline.stages import SCHEDULES, legal_micro_batches
@@ -18,7 +18,7 @@ from meshloom.parallel.pipeline.stages import SCHEDULES, legal_micro_batches
 COUNTS, SIZES, RANKS = st.integers(1, 60), st.integers(1, 9), st.integers(1, 7)
 
 
-def in_order(assignment: Assignment) -> list[range]:
+def in_order(assignment: BatchAssignment) -> list[range]:
     """List the micro-batches of the global batch without blanks: pass by pass, rank by rank."""
     passes = zip(*assignment.ranks, strict=True)
     return [indices for one in passes for indices in one if indices]

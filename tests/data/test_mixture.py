@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from meshloom.config.keys import Side
 from meshloom.config.problems import ConfigError
 from meshloom.data.build import build_node
-from meshloom.data.config import MixtureConfig
+from meshloom.data.config import DataMixtureConfig
 from meshloom.data.mixture import Mixture
 from meshloom.data.nodes import Jsonl
 from meshloom.data.samples.blend import Blend, MixedSamples, apportion
@@ -80,12 +80,12 @@ def node(path: str, **keys: Any) -> dict[str, Any]:
 
 def mixture(files: dict[str, str], seed: int = 1, **keys: Any) -> Mixture:
     values: dict[str, Any] = {"seq_len": 8, "tokenizer": "bytes", "weights": {"few": 1, "many": 3}, "block": 20, **keys}
-    return Mixture(MixtureConfig(sources={name: node(path) for name, path in files.items()}, **values), seed)
+    return Mixture(DataMixtureConfig(sources={name: node(path) for name, path in files.items()}, **values), seed)
 
 
 def mixed_sources(sources: dict[str, Any], **keys: Any) -> Mixture:
     values: dict[str, Any] = {"weights": dict.fromkeys(sources, 1), **keys}
-    return Mixture(MixtureConfig(seq_len=8, sources=sources, **values), 1)
+    return Mixture(DataMixtureConfig(seq_len=8, sources=sources, **values), 1)
 
 
 def origin(mixed: Mixture, tokens: np.ndarray) -> str:
@@ -244,7 +244,7 @@ def test_shards_of_a_source_are_named_by_its_name(tmp_path: Path, files: dict[st
     assert command.main(["tokenize", f"input={files['few']}", f"output={tmp_path}/one", "vocabulary=270"]) == 0
     shards = {"_target_": "meshloom.data.nodes.Tokenized", "path": f"{tmp_path}/one", "seq_len": 1}
     with pytest.raises(ConfigError, match=r"data\.sources\.small\.seq_len: .*too few for one sample"):
-        Mixture(MixtureConfig(seq_len=10**6, sources={"small": shards}, weights={"small": 1}), 1).prepare()
+        Mixture(DataMixtureConfig(seq_len=10**6, sources={"small": shards}, weights={"small": 1}), 1).prepare()
 
 
 RECIPES = {

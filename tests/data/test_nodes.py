@@ -22,7 +22,7 @@ from meshloom.config.problems import ConfigError
 from meshloom.data import nodes
 from meshloom.data.batch import IGNORED
 from meshloom.data.build import build_node
-from meshloom.data.config import CorpusConfig, JsonlConfig, MixtureConfig, PackingConfig, SyntheticConfig, TextConfig
+from meshloom.data.config import CorpusConfig, DataMixtureConfig, JsonlConfig, PackingConfig, SyntheticConfig, TextConfig
 from meshloom.data.corpus import Corpus, Packed
 from meshloom.data.documents.records import JsonLines
 from meshloom.data.documents.sources import TextFiles
@@ -391,7 +391,7 @@ class UserCorpus(Corpus):
 def test_a_users_class_is_called_with_keys_and_seed(jsonl: str):
     keys = {"tokenizer": "bytes", "seq_len": 32, "validation": 0.1}
     node = {"_target_": f"{__name__}.UserCorpus", "name": "mine", "file": jsonl, **keys}
-    mixture = MixtureConfig(seq_len=32, tokenizer="bytes", sources={"mine": node}, weights={"mine": 1})
+    mixture = DataMixtureConfig(seq_len=32, tokenizer="bytes", sources={"mine": node}, weights={"mine": 1})
     mixed = build_node(mixture, 1, None)
     alone, reference = build_node(typed_node("data", node), 1, None), jsonl_node(jsonl, "bytes")
     for made in (mixed, alone, reference):
@@ -441,7 +441,7 @@ def test_the_size_of_every_source_is_said(jsonl: str, tmp_path: Path):
     (tmp_path / "b.jsonl").write_text('{"text": "abcd"}\n' * 400)
     keys = {"_target_": "meshloom.data.nodes.Jsonl", "validation": 0.1}
     sources = {"a": {**keys, "input": jsonl}, "b.c": {**keys, "input": f"{tmp_path}/b.jsonl"}}
-    node = Mixture(MixtureConfig(seq_len=16, tokenizer="bytes", sources=sources, weights={"a": 1, "b.c": 3}), 1)
+    node = Mixture(DataMixtureConfig(seq_len=16, tokenizer="bytes", sources=sources, weights={"a": 1, "b.c": 3}), 1)
     assert node.problems() == []
     node.prepare()
     one, other = source_sizes(node)
@@ -453,7 +453,7 @@ def test_the_size_of_every_source_is_said(jsonl: str, tmp_path: Path):
     assert data_notices(node)[1] == "data b.c: 1,600 tokens train, and 400 (20.00%) are held out"
     assert one.padding == other.padding == 0.0
     sources["b.c"] |= {"packing": "bestfit", "validation": 0.0}  # three documents of five tokens in sixteen positions
-    packed = Mixture(MixtureConfig(seq_len=16, tokenizer="bytes", sources=sources, weights={"a": 1, "b.c": 3}), 1)
+    packed = Mixture(DataMixtureConfig(seq_len=16, tokenizer="bytes", sources=sources, weights={"a": 1, "b.c": 3}), 1)
     packed.prepare()
     assert [each.padding for each in source_sizes(packed)][1] == pytest.approx(1 - 2000 / (16 * 134))
     assert data_notices(packed)[1].endswith("; 6.7% of its positions are padding")

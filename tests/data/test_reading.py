@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from meshloom.data.build import build_node
-from meshloom.data.config import JsonlConfig, MixtureConfig
+from meshloom.data.config import DataMixtureConfig, JsonlConfig
 from meshloom.data.node import DataNode
 from meshloom.data.reading import read_on, samples_read, shifted
 
@@ -28,7 +28,7 @@ def mixture(files: Path, few: float, many: float, **keys: Any) -> DataNode:
     jsonl = "meshloom.data.nodes.Jsonl"
     sources = {name: {"_target_": jsonl, "input": f"{files}/{name}.jsonl", "validation": 0.0} for name in ("few", "many")}
     values = {"seq_len": 6, "tokenizer": "bytes", "weights": {"few": few, "many": many}, "block": 10, **keys}
-    return prepared(MixtureConfig(sources=sources, cache_dir=str(files), **values))
+    return prepared(DataMixtureConfig(sources=sources, cache_dir=str(files), **values))
 
 
 def prepared(config: Any) -> DataNode:

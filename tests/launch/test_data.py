@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import models, pre_tokenizers
 
 from meshloom.config.problems import ConfigError
-from meshloom.data.config import MixtureConfig, ShardsConfig
+from meshloom.data.config import DataMixtureConfig, ShardsConfig
 from meshloom.data.mixture import Mixture
 from meshloom.data.nodes import Tokenized
 from meshloom.data.shards.manifest import ShardError
@@ -162,7 +162,7 @@ def test_two_ends_of_a_document_do_not_mix(inputs: Path):
     paths = {name: f"{inputs}/{name}/train" for name in ("one", "two")}
     target = "meshloom.data.nodes.Tokenized"
     sources = {name: {"_target_": target, "path": path} for name, path in paths.items()}
-    mixed = Mixture(MixtureConfig(seq_len=8, sources=sources, weights={"one": 1, "two": 1}), 1)
+    mixed = Mixture(DataMixtureConfig(seq_len=8, sources=sources, weights={"one": 1, "two": 1}), 1)
     with pytest.raises(ConfigError, match=r"data\.sources\.two: its tokens come from another tokenizer, or another token ends"):
         mixed.prepare()
     node = Tokenized(ShardsConfig(path=paths["one"], validation=paths["two"], seq_len=8), 1)

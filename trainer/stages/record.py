@@ -10,7 +10,7 @@ from typing import Any
 from ...config.duration import Duration, Unit
 from ...config.nodes import find_option
 from ...config.problems import Problem
-from ...data.config import OPTIONS, MixtureConfig
+from ...data.config import OPTIONS, DataMixtureConfig
 from ...data.node import DataNode
 from ...data.reading import Read, samples_read
 from ...optim.history import ChangePoint
@@ -47,7 +47,7 @@ class StageRecord:
             return cls(begun, saved["read"], saved["read_before"])
         if "progress" not in state:  # an import
             return cls()
-        if find_option(OPTIONS, state.get("config", {}).get("data", {}).get("_target_")) is MixtureConfig:
+        if find_option(OPTIONS, state.get("config", {}).get("data", {}).get("_target_")) is DataMixtureConfig:
             return cls(read_known=False)
         return cls(read={state["data_fingerprint"]: [state["progress"]["samples"]]})
 

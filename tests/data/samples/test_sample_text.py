@@ -7,7 +7,7 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers
 
 from meshloom.data.batch import IGNORED, Sample
-from meshloom.data.samples.sample_text import Span, padding_of, sample_spans
+from meshloom.data.samples.sample_text import SampleSpan, padding_of, sample_spans
 from meshloom.data.tokenizing.decoding import decode_behind
 from meshloom.data.tokenizing.tokenizer import Tokenizer
 
@@ -29,10 +29,10 @@ def test_spans_are_cut_at_documents_and_at_the_loss_mask() -> None:
     one = sample(["Hallo du", "ja"], mask=[1, 2, 3, 4], padding=3)
     assert padding_of(one, END) == 3
     assert sample_spans(one, Tokenizer.bytes()) == [
-        Span("Hallo", 0, 5, 0, False),
-        Span(" du<|endoftext|>", 5, 9, 0, True),
-        Span("j", 9, 10, 1, False),
-        Span("a<|endoftext|>", 10, 12, 1, True),
+        SampleSpan("Hallo", 0, 5, 0, False),
+        SampleSpan(" du<|endoftext|>", 5, 9, 0, True),
+        SampleSpan("j", 9, 10, 1, False),
+        SampleSpan("a<|endoftext|>", 10, 12, 1, True),
     ]
     numbers = sample_spans(one, None)
     assert numbers[2].text == str(ord("j"))
