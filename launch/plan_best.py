@@ -209,8 +209,7 @@ def _needs(least: Candidate) -> str:
     if prediction.fits_gpus:
         held = f"{gib(prediction.host_bytes)} GiB of a node's host, which has {cluster.host_memory:g}"
         return f"{held}, for what it offloads, beside {gib(rank.total)} GiB a GPU"
-    beside = ("gradients", "activations", "working") if rank.peaks_in_update else ("update",)  # free by then, or within it
-    sizes = sorted(((getattr(rank, kind) or 0, kind) for kind in KINDS if kind not in beside), reverse=True)[:3]
+    sizes = sorted(((size, kind) for kind, size in rank.at_peak.items()), reverse=True)[:3]
     told = ", ".join(f"{kind} {gib(size)}" for size, kind in sizes)
     return f"{gib(rank.total)} GiB a GPU ({told}), and a plan may take {gib(limit_of(cluster))} of {cluster.memory:g}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import zlib
@@ -299,9 +300,14 @@ class Mesh:
             dist.barrier(self.everyone)
 
     def release(self) -> None:
-        """Run the callbacks of `before_closing`: what a run has made on these process groups ends, and another may begin."""
-        while self.before_closing:
-            self.before_closing.pop()()
+        """Run the callbacks of `before_closing`: what a run has made on these process groups ends, and another may begin.
+
+        The last comes first. All run, even if one of them fails.
+        """
+        with contextlib.ExitStack() as ending:
+            for callback in self.before_closing:
+                ending.callback(callback)
+            self.before_closing.clear()
 
     def rearranged(self, layout: Layout) -> Mesh:
         """Return a mesh of the same processes in another layout. To close this one closes both: its groups stay until then."""

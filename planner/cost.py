@@ -78,21 +78,22 @@ class RankCost:
         return (self.elements - self.experts) * layout.weight_ranks + self.experts * layout.expert_weights
 
     @property
-    def _passes(self) -> int:
-        """Bytes that come and go, at most during forward and backward passes."""
-        return max(self.held + self.activations + self.working, self.gradients + self.late)
+    def at_peak(self) -> dict[str, int]:
+        """Bytes by kind in the moment that needs most, by this account.
 
-    @property
-    def peaks_in_update(self) -> bool:
-        """True if the update needs more than passes do."""
-        return self.update + self.buffers > self._passes
+        Activations are freed as gradients appear, so that is the end of the forward pass, where the loss is computed, the end
+        of the last backward pass, or the update.
+        """
+        forward = {"gradients": self.held, "activations": self.activations, "working": self.working}
+        backward = {"gradients": self.gradients, "working": self.late}
+        update = {"update": self.update, "buffers": self.buffers}
+        peak = max(forward, backward, update, key=lambda moment: sum(moment.values()))
+        return {"weights": self.weights, "gathered": self.gathered, "optimizer": self.optimizer or 0, **peak}
 
     @property
     def total(self) -> int:
-        """Peak bytes, by this account. Activations are freed as gradients appear, so the peak is at the end of the forward
-        pass, where the loss is computed, of the last backward pass, or in the update.
-        """
-        return self.weights + self.gathered + (self.optimizer or 0) + max(self._passes, self.update + self.buffers)
+        """Peak bytes, by this account."""
+        return sum(self.at_peak.values())
 
 
 @dataclass(frozen=True)

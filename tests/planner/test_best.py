@@ -20,6 +20,7 @@ from meshloom.launch.plan_best import best_layouts, reasons
 from meshloom.launch.plan_cluster import split_words
 from meshloom.launch.planning import resolve_plan
 from meshloom.planner.cluster import load_cluster
+from meshloom.planner.cost import RankCost
 from meshloom.planner.prediction import usable_bytes
 from meshloom.planner.search import larger_sizes, search
 from meshloom.trainer.typed import plain_config
@@ -91,6 +92,17 @@ def test_mistakes_are_told_by_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"offload cpu .*, takes [\d.]+ GiB of a node's host, which has 16, for what it offloads, beside", told), (
         told
     )
+
+
+def test_a_refused_plan_names_what_is_there_at_once() -> None:
+    """Gradients of all layers and activations of all layers never are."""
+    moments = {"gradients": 50, "held": 0, "activations": 50, "working": 4, "late": 3, "update": 20, "buffers": 1}
+    rank = RankCost([range(1)], 1, 0, 1.0, weights=10, gathered=1, optimizer=2, **moments, needs=None)  # type: ignore[arg-type]
+    always = {"weights": 10, "gathered": 1, "optimizer": 2}
+    assert rank.at_peak == always | {"gradients": 0, "activations": 50, "working": 4}
+    assert replace(rank, gradients=52).at_peak == always | {"gradients": 52, "working": 3}
+    assert replace(rank, update=54).at_peak == always | {"update": 54, "buffers": 1}
+    assert [each.total for each in (rank, replace(rank, gradients=52), replace(rank, update=54))] == [67, 68, 68]
 
 
 def test_sizes_of_a_larger_cluster_reach_the_largest() -> None:

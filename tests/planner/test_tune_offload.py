@@ -56,10 +56,10 @@ def test_an_update_takes_as_long_as_what_holds_the_state() -> None:
     host = make_plan([*words, "parallel.offload=cpu"])
     disk = make_plan([*words, "parallel.offload=nvme", "parallel.offload_path=/fast"])
     parameters = 1_498_482_688
-    assert seconds(host) > 28 * parameters / HOST_UPDATE + (host.away.to_host + host.away.from_host) / 27e9
+    assert seconds(host) > 40 * parameters / HOST_UPDATE + (host.away.to_host + host.away.from_host) / 27e9
     assert seconds(disk) - seconds(host) == pytest.approx(2 * 16 * parameters / 2e9, rel=0.01)
     torch_host = make_plan([*words[:-2], "parallel.zero=3", "parallel.offload=cpu"])
-    assert seconds(torch_host) > 28 * parameters / HOST_UPDATE
+    assert seconds(torch_host) > 40 * parameters / HOST_UPDATE
 
 
 OFFLOADED = [*SMALL, "batch.samples=8", "launch.nproc=2", "trainer.activation=full"]

@@ -358,19 +358,25 @@ def test_a_group_that_goes_first_forgets_the_memory(
     assert (there() is None) is well
 
 
-def closed(rank: int, world_size: int) -> list[bool]:
+def closed(rank: int, world_size: int, fail: bool) -> list[bool]:
     layout = Layout.plan(ParallelConfig(zero=1), world_size)
     mesh = Mesh.connect(layout, CPU)
     there: list[bool] = []
     for each in (mesh, mesh.rearranged(layout).rearranged(layout)):  # as a run's first mesh, and its last stage's
         each.before_closing.append(lambda: there.append(dist.is_initialized()))
+    if fail:
+        each.before_closing.append(lambda: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            mesh.close()
     mesh.close()
     mesh.close()
     return [*there, dist.is_initialized()]
 
 
-def test_actions_before_the_groups_go_are_done_once_for_all_stages() -> None:
-    assert run_ranks(1, closed) == [[True, True, False]]
+@pytest.mark.parametrize("fail", [False, True])
+def test_actions_before_the_groups_go_are_done_once_for_all_stages(fail: bool) -> None:
+    """Also where one of them fails: memory of the others is freed."""
+    assert run_ranks(1, closed, fail) == [[True, True, False]]
 
 
 # Ranks that may.
