@@ -183,21 +183,25 @@ def list_steps(files: Files) -> StepListing:
     own = _steps_of(run, heads)
     last = max((head.commit for head in own.values() if head is not None), default=0)
     back = _read_set_back(files)
+    passed = 0
     if back is None or back.name not in own or last > back.last:
-        known = back is None or last > back.last
-        return StepListing(run, heads, _unreadable_first(_in_order(own, _latest(files)), unreadable, known), 0, unreadable)
-    head, names = own[back.name], _in_order(own, back.name, given=True)
-    passed = last if head is not None and head.commit < last else 0
-    return StepListing(run, heads, _unreadable_first(names, unreadable, True), passed, unreadable)
+        names = _in_order(own, _latest(files))
+    else:
+        head, names = own[back.name], _in_order(own, back.name, given=True)
+        passed = last if head is not None and head.commit < last else 0
+    newest = next((name for name in names if own[name] is not None), None)
+    if back is not None and back.name not in own and last <= back.last:
+        newest = None  # it was the step set back to, which is gone, or one saved after that
+    return StepListing(run, heads, _unreadable_first(names, unreadable, newest), passed, unreadable)
 
 
-def _unreadable_first(names: list[str], unreadable: Mapping[str, UnreadableError], known: bool) -> list[str]:
-    """Return the names with those first that can't be read and may be newer than the newest of the others.
+def _unreadable_first(names: list[str], unreadable: Mapping[str, UnreadableError], newest: str | None) -> list[str]:
+    """Return the names with those first that can't be read and may be the newest.
 
-    known: whether that one is the newest for sure, but for steps of a higher number
+    newest: the one committed last of those that can be read and are not damaged. A step that can't be read may have been
+    committed later unless its number is lower. None: it can't be told, so any may have been
     """
-    newest = next((name for name in names if name not in unreadable), None)
-    first = [name for name in names if name in unreadable and not (known and _is_older(name, newest))]
+    first = [name for name in names if name in unreadable and not _is_older(name, newest)]
     if names and names[0] in unreadable and names[0] not in first:
         first.insert(0, names[0])  # as `LATEST` says, or the run was set back to it
     return [*first, *(name for name in names if name not in first)]

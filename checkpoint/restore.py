@@ -266,7 +266,7 @@ def _found_in(location: str | Path) -> list[str]:
     found = [f"{base}/{name}" for name in listing.names]
     listing.refuse_unreadable(newest_only=True)
     for fault in listing.unreadable.values():
-        log.warning("%s; it is no step to resume from, since a newer one is there", fault)
+        log.warning("%s; it is older than the newest step", fault)
     in_memory = None if is_remote(location) else find_recovery(local_path(location))
     if in_memory is not None and _is_newest(in_memory, listing):
         found.insert(0, _IN_MEMORY + in_memory.encode())

@@ -203,7 +203,7 @@ def test_a_step_that_can_not_be_read_shuts_no_folder_unless_it_may_be_the_newest
     said = capsys.readouterr().out
     assert said.count(f"{bad}  can not be read: ") == said.count(f"UNREADABLE {bad}/manifest.json: ") == 1
     assert said.count("every block is as written") == 3
-    assert restored_step(tmp_path) == 4 and "it is no step to resume from" in caplog.text
+    assert restored_step(tmp_path) == 4 and "it is older than the newest step" in caplog.text
     run_of(tmp_path, A, 5, keep=2)
     assert names(tmp_path) == ["step-00000005", "step-00000004", bad.name]
     for refused in (lambda: bring_in(tmp_path, 9), lambda: take_over(tmp_path, B)):

@@ -1,0 +1,87 @@
+"""Steps whose manifests can't be read now: none goes on from an older one for that, unless a newer one is whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from meshloom.checkpoint.errors import CheckpointError, UnreadableError
+from meshloom.checkpoint.files import open_files
+from meshloom.checkpoint.folder import find_latest, list_steps
+from meshloom.checkpoint.identity import RunIdentity
+from support.checkpoint_runs import open_run, restored_step
+from support.checkpoint_worlds import fragments, make_arrays
+
+RUN = RunIdentity("a" * 32)
+
+
+@pytest.fixture
+def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A function: the manifests of these steps alone can't be read from now on, as in a new process."""
+    bad: set[Path] = set()
+    read_bytes = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.name == "manifest.json" and path.parent in bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read_bytes(path)
+
+    def begin(*steps: Path) -> None:
+        bad.clear()
+        bad.update(steps)
+        monkeypatch.setattr("meshloom.checkpoint.folder._heads_read", {})
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("meshloom.checkpoint.files.RETRY_PAUSES", ())
+    return begin
+
+
+def save(folder: Path, *steps: int, after: int = 0, back: int | None = None) -> None:
+    run = open_run(folder)
+    try:
+        run.begin_run(RUN, after, back)
+        for step in steps:
+            run.save(step, fragments(make_arrays(step), 1, 0)[0], {"step": step}, required=True)
+    finally:
+        run.finish()
+
+
+@pytest.mark.parametrize("damage", ["manifest", "digest", "length"])
+def test_a_damaged_step_makes_an_unreadable_one_no_older(tmp_path: Path, fail: Callable[..., None], damage: str) -> None:
+    save(tmp_path, 1, 2, 3)
+    newest, unreadable = tmp_path / "step-00000003", tmp_path / "step-00000002"
+    data = newest / "rank-00000.safetensors"
+    if damage == "manifest":
+        (newest / "manifest.json").write_text("{")
+    elif damage == "digest":
+        data.write_bytes(data.read_bytes()[:-5] + b"wrong")
+    else:
+        os.truncate(data, 100)
+    fail(unreadable)
+    with pytest.raises(CheckpointError, match=f"{unreadable}/manifest.json: reading it failed"):
+        restored_step(tmp_path)
+    if damage != "digest":
+        with pytest.raises(UnreadableError):
+            find_latest(tmp_path)
+    if damage == "manifest":  # neither's number is known, so the next could be one of theirs
+        with pytest.raises(UnreadableError):
+            save(tmp_path, 4, after=1, back=1)
+    fail()
+    assert restored_step(tmp_path) == 2
+    listing = list_steps(open_files(tmp_path))
+    assert listing.names == [newest.name, unreadable.name, "step-00000001"]
+
+
+def test_any_unreadable_step_may_be_the_newest_where_that_is_not_known(tmp_path: Path, fail: Callable[..., None]) -> None:
+    """The run was set back to a step that is gone; what it saved after it has a lower number than what it had before."""
+    save(tmp_path, 10, 20, 30)
+    save(tmp_path, 15, after=1, back=10)
+    shutil.rmtree(tmp_path / "step-00000010")
+    (tmp_path / "LATEST").unlink()
+    fail(tmp_path / "step-00000015")
+    assert list_steps(open_files(tmp_path)).names[0] == "step-00000015"
