@@ -124,7 +124,9 @@ def restore(
     talk = control.begin("restore", timeout)
     try:
         choose = fragments if callable(fragments) else _always(fragments)
-        report = _restore(location, choose, talk, _Ways(strict, rebuild if _is_own_step(location) else None), group)
+        named, candidates = _candidates(location, talk)
+        ways = _Ways(strict, named, rebuild if named and hugging_face_folder(location) is None else None)
+        report = _restore(location, candidates, choose, talk, ways, group)
     finally:
         talk.leave()
     report.seconds = time.perf_counter() - began
@@ -138,15 +140,26 @@ def _always(fragments: Iterable[Fragment]) -> Chooser:
 
 @dataclass(frozen=True)
 class _Ways:
-    """Settings of `restore`: its strictness, and the kinds of layers for those that are rebuilt."""
+    """Settings of `restore`: its strictness, whether a step is named, and the kinds of layers for those that are rebuilt.
+
+    named: a step's folder was given, and no folder of steps
+    """
 
     strict: bool
+    named: bool
     rebuild: KindOf | None
 
 
-def _restore(location: str | Path, choose: Chooser, talk: Round, ways: _Ways, group: ProcessGroup | None) -> RestoreReport:
+def _restore(
+    location: str | Path,
+    candidates: Sequence[str],
+    choose: Chooser,
+    talk: Round,
+    ways: _Ways,
+    group: ProcessGroup | None,
+) -> RestoreReport:
     skipped: list[str] = []
-    for candidate in _candidates(location, talk):
+    for candidate in candidates:
         match, verdict = _try(candidate, location, choose, talk, ways, group)
         lost: list[str] = []
         if "damaged" in verdict and ways.rebuild is not None:
@@ -164,7 +177,7 @@ def _restore(location: str | Path, choose: Chooser, talk: Round, ways: _Ways, gr
             match.report.rebuilt, match.report.damage = match.plan.layers, lost
             return match.report
         damage = DamageError(*verdict["damaged"])
-        if _is_step(location):
+        if ways.named:
             raise damage
         skipped.append(str(damage))
         log.warning("a checkpoint is passed over: %s", damage)
@@ -191,7 +204,7 @@ def _try(
     except DamageError as error:
         answer = {"damaged": [error.file, error.what, error.block]}
     except UnreadableError as error:
-        fix = "start again once it can be read, or name another step" if _is_step(location) else UNREADABLE_FIX
+        fix = "start again once it can be read, or name another step" if ways.named else UNREADABLE_FIX
         answer = {"refused": f"{error}. It need not be damaged, so no older step takes its place: {fix}"}
     except CheckpointError as error:
         answer = {"refused": str(error)}
@@ -240,34 +253,40 @@ def _is_step(location: str | Path) -> bool:
     return hugging_face_folder(location) is not None or is_step(open_files(location))
 
 
-def _is_own_step(location: str | Path) -> bool:
-    return hugging_face_folder(location) is None and _is_step(location)
+def _candidates(location: str | Path, talk: Round) -> tuple[bool, list[str]]:
+    """Return whether a step is named, and the steps to try, in order.
 
-
-def _candidates(location: str | Path, talk: Round) -> list[str]:
-    """The steps to try, in order: the coordinator's view of the folder, so that all ranks try the same.
-
-    A version in the keepers' memory comes first, unless the disk has a newer one.
+    That is the coordinator's view, so that all ranks do the same. The others ask for nothing before they hear of it: a rank
+    whose store is away would leave them waiting.
     """
     if talk.control.rank == 0:
         try:
-            talk.broadcast(json.dumps(_found_in(location)).encode())
+            named = _is_step(location)
+            found = [str(location).rstrip("/")] if named else _steps_to_try(location)
+            talk.broadcast(json.dumps([named, found]).encode())
         except BaseException as error:
             talk.abort(f"looking for checkpoints in {location} failed: {type(error).__name__}: {error}")
             raise
-    return json.loads(talk.receive("candidates"))
+    named, found = json.loads(talk.receive("candidates"))
+    return named, found
 
 
-def _found_in(location: str | Path) -> list[str]:
-    base = str(location).rstrip("/")
-    if _is_step(location):
-        return [base]
-    listing = list_steps(open_files(location))
-    found = [f"{base}/{name}" for name in listing.names]
+def _steps_to_try(folder: str | Path) -> list[str]:
+    listing = list_steps(open_files(folder))
     listing.refuse_unreadable(newest_only=True)
     for fault in listing.unreadable.values():
         log.warning("%s; it is older than the newest step", fault)
-    in_memory = None if is_remote(location) else find_recovery(local_path(location))
+    return _found_in(folder, listing)
+
+
+def _found_in(folder: str | Path, listing: StepListing | None = None) -> list[str]:
+    """List the versions in a folder of checkpoints, the one to try first in front. listing: of its steps, if it is there
+
+    A version in the keepers' memory comes first, unless the disk has a newer one, or has one that can't be read and may be it.
+    """
+    listing = list_steps(open_files(folder)) if listing is None else listing
+    found = [f"{str(folder).rstrip('/')}/{name}" for name in listing.names]
+    in_memory = None if is_remote(folder) else find_recovery(local_path(folder))
     if in_memory is not None and _is_newest(in_memory, listing):
         found.insert(0, _IN_MEMORY + in_memory.encode())
     return found
@@ -283,6 +302,8 @@ def _is_newest(in_memory: Recovery, listing: StepListing) -> bool:
         return False
     if listing.passed and version.commit <= listing.passed:
         return False
+    if listing.names and listing.names[0] in listing.unreadable:
+        return False  # the run must not go back past it unawares
     newest = listing.heads[listing.names[0]] if listing.names else None
     return newest is None or (version.commit, version.step) >= (newest.commit, newest.step)
 

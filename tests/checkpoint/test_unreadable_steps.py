@@ -7,15 +7,23 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch.distributed as dist
+from torch.distributed import FileStore
 
+from meshloom.checkpoint import files as files_module
+from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError, UnreadableError
 from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import find_latest, list_steps
 from meshloom.checkpoint.identity import RunIdentity
+from meshloom.checkpoint.restore import holds_checkpoint, read_manifest, restore
 from support.checkpoint_runs import open_run, restored_step
 from support.checkpoint_worlds import fragments, make_arrays
+from support.ranks import run_ranks
 
 RUN = RunIdentity("a" * 32)
 
@@ -85,3 +93,52 @@ def test_any_unreadable_step_may_be_the_newest_where_that_is_not_known(tmp_path:
     (tmp_path / "LATEST").unlink()
     fail(tmp_path / "step-00000015")
     assert list_steps(open_files(tmp_path)).names[0] == "step-00000015"
+
+
+def test_a_snapshot_in_memory_counts_for_no_newer_than_an_unreadable_step(
+    tmp_path: Path, fail: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, 2)
+    snapshot = SimpleNamespace(run=RUN, commit=9, step=9)
+    monkeypatch.setattr("meshloom.checkpoint.restore.find_recovery", lambda folder: SimpleNamespace(encode=lambda: "{}"))
+    monkeypatch.setattr("meshloom.checkpoint.restore.manifest_of", lambda version: snapshot)
+    assert read_manifest(tmp_path) is snapshot
+    fail(tmp_path / "step-00000002")
+    assert holds_checkpoint(tmp_path)
+    with pytest.raises(UnreadableError) as caught:
+        read_manifest(tmp_path)
+    assert "start again" not in str(caught.value), "whoever asks gives the advice, and once"
+
+
+def _restored_without_store(rank: int, world: int, folder: Path, store: Path, when: str, grouped: bool) -> str:
+    """Restore where a rank's store goes away. Returns the error."""
+    files_module.RETRY_PAUSES = ()
+
+    def fail(*_: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def go_away(*_: Any) -> Any:
+        files_module.LocalFiles._size = files_module.LocalFiles._read = fail
+        fail()
+
+    if rank == 1:
+        if when == "at the start":
+            files_module.LocalFiles._size = fail
+        else:
+            os.preadv = go_away
+    target = fragments(make_arrays(), 1, 0, blank=True)[0]
+    try:
+        group = dist.group.WORLD if grouped else None
+        restore(folder, target, Control(rank, world, FileStore(str(store), world)), timeout=10.0, group=group)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("when", ["at the start", "while it reads"])
+def test_a_rank_whose_store_is_away_tells_the_others(tmp_path: Path, when: str, grouped: bool) -> None:
+    save(tmp_path / "run", 1, 2)
+    for said in run_ranks(2, _restored_without_store, tmp_path / "run", tmp_path / "store", when, grouped):
+        assert "step-00000002/rank-00000." in said and "Input/output error" in said
+        assert said.endswith("start again once it can be read, or move that step out of the folder")
