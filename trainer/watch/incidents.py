@@ -1,6 +1,6 @@
 """`incidents.jsonl` in a run's folder: what has happened to the run besides training, one JSON object a line.
 
-    IncidentLog(output_dir).write(Incident("skipped_step", "step 120: …", step=120, rank=3, details={"samples": [7, 9]}))
+    IncidentLog(output_dir).write(Incident("bad_step", "step 120: …", step=120, rank=3, details={"samples": [7, 9]}))
 
 Whoever notices something writes it once for the run: rank 0 what all ranks know alike, the launcher what has become of a rank.
 The file is kept over restarts and resumes; another run that takes the folder over moves it aside, as it does `metrics.jsonl`.
