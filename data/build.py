@@ -9,6 +9,7 @@ from typing import Any
 from ..config.nodes import Custom, build, find_option, typed_option
 from ..config.problems import ConfigError, Problem
 from .config import OPTIONS, CustomData, DataConfig, SyntheticConfig
+from .corpus import Corpus
 from .node import DataNode
 
 DEFAULT_VOCABULARY = 32_000  # of synthetic data where neither model nor data set one
@@ -27,11 +28,20 @@ def build_node(config: DataConfig, seed: int, vocabulary: int | None) -> DataNod
 
 
 def build_source(node: Mapping[str, Any], shared: Mapping[str, Any], seed: int, key: str) -> DataNode:
-    """Build a source of a mixture from its node in plain containers. Raises ConfigError for keys that are wrong.
+    """Build a source of a mixture, or a validation set, from its node in plain containers.
+
+    Raises ConfigError for keys that are wrong.
 
     shared  keys of the mixture, which replace those of a source that has them
     key     the node's
     """
+    built = _build_source(node, shared, seed, key)
+    if isinstance(built, Corpus):
+        built.source.key = key
+    return built
+
+
+def _build_source(node: Mapping[str, Any], shared: Mapping[str, Any], seed: int, key: str) -> DataNode:
     keys = dict(node)
     path = keys.pop("_target_", "")
     option = find_option(OPTIONS, path)

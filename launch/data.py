@@ -109,6 +109,7 @@ def tokenize(arguments: TokenizeArguments) -> Path:
     if problems:
         raise ConfigError(problems)
     source = sources[kind]()
+    source.key = ""
     tokenizer = settings.make([(source, arguments.validation)], cache_folder(None))
     build_once(
         output.absolute(),

@@ -51,7 +51,12 @@ _JSON = re.compile(rb"\s*(?:(?:\[\s*)?\{\s*" + _STRING + rb":|\[\s*" + _STRING +
 
 
 class DamagedFile(ValueError):
-    """Raised for a compressed file that is cut short or damaged."""
+    """Raised for a compressed file that is cut short or damaged. what: a few words, as far as it could be read"""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"{path}: {what}")
+        self.path = path
+        self.what = what
 
 
 def import_extra(module: str, extra: str, purpose: str) -> Any:
@@ -91,7 +96,7 @@ def blocks(path: Path) -> Iterator[bytes]:
     except damage as problem:
         if kind is None:
             raise  # the file system's error, which names the file
-        raise DamagedFile(f"{path}: damaged ({problem})") from problem
+        raise DamagedFile(path, f"damaged ({problem})") from problem
 
 
 def lines(path: Path) -> Iterator[bytes]:
@@ -106,7 +111,7 @@ def lines(path: Path) -> Iterator[bytes]:
                 begun, number = [], number + 1
             begun.append(rest)
     except DamagedFile as problem:
-        raise DamagedFile(f"{path}: damaged behind line {number} ({problem.__cause__})") from problem
+        raise DamagedFile(path, f"damaged behind line {number} ({problem.__cause__})") from problem
     if last := b"".join(begun):
         yield last
 

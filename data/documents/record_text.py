@@ -14,7 +14,7 @@ from .marked import MarkedText
 
 
 class MemberError(ValueError):
-    """A record whose member is missing, or no text. key: of the config, which names the member"""
+    """A record that is none, or whose member is missing, or no text. key: of the config, which names the member or the files"""
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)
@@ -85,7 +85,7 @@ class RecordText:
 
 def _member(record: dict[str, Any], name: str) -> Any:
     if name not in record:
-        raise MemberError("messages", f"no field '{name}' (data.messages) among {', '.join(record) or 'none'}")
+        raise MemberError("messages", f"no field '{name}' among {', '.join(record) or 'none'}")
     return record[name]
 
 
@@ -95,10 +95,10 @@ def field_text(record: dict[str, Any], field: str, key: str = "field") -> str:
     key: of the config, which names the field
     """
     if field not in record:
-        raise MemberError(key, f"no field '{field}' (data.{key}) among {', '.join(record) or 'none'}")
+        raise MemberError(key, f"no field '{field}' among {', '.join(record) or 'none'}")
     text = record[field]
     if not isinstance(text, str | None):
-        raise MemberError(key, f"field '{field}' (data.{key}) is not text but {type(text).__name__}")
+        raise MemberError(key, f"field '{field}' is not text but {type(text).__name__}")
     text = text or ""
     try:
         text.encode()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import codecs
 import json
 import logging
+import os
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,17 +21,25 @@ from ..version import NEWEST
 from . import formats
 from .formats import import_extra, missing_extra
 from .record_text import MemberError, RecordText
-from .sources import FileSource, files_below, identity_of
+from .sources import AGAIN, FileSource, SourceFault, files_below, identity_of, key_below
 
 log = logging.getLogger(__name__)
 
 _MARK = codecs.BOM_UTF8
 _FIXES = {
+    "input": "give files of records alone",
     "field": "name the member that holds the text",
     "prompt": "name the member that holds the text before it",
     "messages": "name the member that holds the conversation",
 }
-"""Key that names a member → what to do where no record has it."""
+"""Key that names a member, or the files → what to do where no record has it."""
+_MEND = "mend that record, or leave it out"
+
+
+def _record_fault(place: str, problem: ValueError, record: RecordText, node: str) -> SourceFault:
+    """Word what is wrong with a record. node: the source's key"""
+    leaf = problem.key if isinstance(problem, MemberError) else record.learned[0]
+    return SourceFault(f"{place}: {problem} ({key_below(node, leaf)}); {_FIXES[leaf]}, or {_MEND}")
 
 
 class TextCount:
@@ -48,12 +59,13 @@ class TextCount:
             else:
                 self._empty += 1
 
-    def warn(self, name: str, record: RecordText) -> None:
-        """Warn, the first time that all records were read, of those without a text."""
+    def warn(self, name: str, record: RecordText, node: str) -> None:
+        """Warn, the first time that all records were read, of those without a text. node: the source's key"""
         if self._empty and not self._told:
             of = f"{self._empty:,} of {self._records:,} records ({self._empty / self._records:.1%})"
-            key, field = record.learned
-            log.warning("data.%s: %s of data=%s have no text in '%s' (null or empty) and are left out", key, of, name, field)
+            leaf, field = record.learned
+            text = "%s: %s of data=%s have no text in '%s' (null or empty) and are left out"
+            log.warning(text, key_below(node, leaf), of, name, field)
         self._told = True
 
 
@@ -87,6 +99,10 @@ class RecordFiles(FileSource):
         """Check the files, and how their records are read."""
         return self.record.problems(key) or super().problems(key)
 
+    def record_fault(self, place: str, problem: ValueError) -> SourceFault:
+        """Word what is wrong with a record: file and place in it, the key that names what is read, what to do."""
+        return _record_fault(place, problem, self.record, self.key)
+
     @abstractmethod
     def texts(self, path: Path) -> Iterator[str]:
         """Yield the text of each record of one file; "" where it has none."""
@@ -99,7 +115,7 @@ class RecordFiles(FileSource):
         """Yield the documents of all files."""
         self._warn_of_skipped_files()
         yield from self._count.nonempty(text for path in self.files() for text in self.texts(path))
-        self._count.warn(self.name, self.record)
+        self._count.warn(self.name, self.record, self.key)
 
 
 class JsonLines(RecordFiles):
@@ -124,11 +140,12 @@ class JsonLines(RecordFiles):
             if record is not None:
                 self._text(record)
         except ValueError as problem:
-            if isinstance(problem, MemberError):
+            if not isinstance(record, dict):
+                what, by = f"the first record of '{path}' is {problem}", "input"
+            elif isinstance(problem, MemberError):
                 what, by = f"'{path}' has {problem}", problem.key
             else:
-                verb = "" if isinstance(record, dict) else "is "  # a conversation's problem has its own
-                what, by = f"the first record of '{path}' {verb}{problem}", self.record.learned[0]
+                what, by = f"the first record of '{path}' {problem}", self.record.learned[0]
             found.append(Problem(f"{key}.{by}", what, _FIXES[by]))
         return found
 
@@ -145,26 +162,44 @@ class JsonLines(RecordFiles):
             try:
                 text = self._text(record)
             except ValueError as problem:
-                raise ValueError(f"{path}, {place}: {problem}") from problem
+                raise self.record_fault(f"{path}, {place}", problem) from problem
             yield text
 
     def _records(self, path: Path) -> Iterator[tuple[str, Any]]:
         """Yield the records of one file, each with its place."""
         if _layout(formats.head(path)) is not _JsonLayout.LINES:
-            yield from _whole_records(path)
+            yield from self._whole_records(path)
             return
-        for number, line in enumerate(formats.lines(path), 1):
+        for number, line in enumerate(self.lines(path), 1):
             if line.strip():
                 try:
                     yield f"line {number}", json.loads(line)
                 except UnicodeDecodeError as problem:
-                    raise ValueError(f"{path}, line {number}: {'; '.join(formats.not_utf8(path, problem))}") from problem
+                    raise self.fault(f"{path}, line {number}", *formats.not_utf8(path, problem)) from problem
                 except (ValueError, RecursionError) as problem:
-                    raise ValueError(f"{path}, line {number}: {problem}") from problem
+                    raise self.fault(f"{path}, line {number}", str(problem), _MEND) from problem
+
+    def _whole_records(self, path: Path) -> Iterator[tuple[str, Any]]:
+        """Yield the records of a file that is an array of them, or has one behind the other, each with its place."""
+        try:
+            text = b"".join(self.content(path)).decode("utf-8-sig")
+        except UnicodeDecodeError as problem:
+            raise self.fault(str(path), *formats.not_utf8(path, problem)) from problem
+        place, number = _past_space(text, 0), 0
+        while place < len(text):
+            try:
+                value, place = json.JSONDecoder().raw_decode(text, place)
+            except (ValueError, RecursionError) as problem:
+                line = problem.lineno if isinstance(problem, json.JSONDecodeError) else 1
+                raise self.fault(f"{path}, line {line}", str(problem), _MEND) from problem
+            for record in cast(list[Any], value) if isinstance(value, list) else [value]:
+                number += 1
+                yield f"record {number}", record
+            place = _past_space(text, place)
 
     def _text(self, record: Any) -> str:
         if not isinstance(record, dict):
-            raise ValueError("not a JSON object")
+            raise MemberError("input", "not a JSON object")
         return self.record.of(cast(dict[str, Any], record))
 
 
@@ -185,25 +220,6 @@ def _layout(start: bytes) -> _JsonLayout:
     if not ended or not line.startswith(b"{") or not rest.strip():
         return _JsonLayout.LINES
     return _JsonLayout.VALUES if line.rstrip().endswith((b",", b"{", b"[", b":")) else _JsonLayout.LINES
-
-
-def _whole_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the records of a file that is an array of them, or has one behind the other, each with its place."""
-    try:
-        text = b"".join(formats.blocks(path)).decode("utf-8-sig")
-    except UnicodeDecodeError as problem:
-        raise ValueError(f"{path}: {'; '.join(formats.not_utf8(path, problem))}") from problem
-    place, number = _past_space(text, 0), 0
-    while place < len(text):
-        try:
-            value, place = json.JSONDecoder().raw_decode(text, place)
-        except (ValueError, RecursionError) as problem:
-            line = problem.lineno if isinstance(problem, json.JSONDecodeError) else 1
-            raise ValueError(f"{path}, line {line}: {problem}") from problem
-        for record in cast(list[Any], value) if isinstance(value, list) else [value]:
-            number += 1
-            yield f"record {number}", record
-        place = _past_space(text, place)
 
 
 def _past_space(text: str, place: int) -> int:
@@ -250,17 +266,53 @@ class ParquetFiles(RecordFiles):
 
     def texts(self, path: Path) -> Iterator[str]:
         """Yield the text of each row of one file; "" where it has none."""
+        for place, row in self._rows(path):
+            try:
+                text = self.record.of(row)
+            except ValueError as problem:
+                raise self.record_fault(f"{path}, {place()}", problem) from problem
+            yield text
+
+    def _rows(self, path: Path) -> Iterator[tuple[Callable[[], str], dict[str, Any]]]:
+        """Yield the rows of one file, each with what words its place."""
         parquet = import_extra("pyarrow.parquet", "parquet", f"reading {path}")
+        number, group_ends = 0, list[int]()
+
+        def place() -> str:
+            return f"row {number} counted from 0, in row group {bisect_right(group_ends, number)}"
+
         try:
             with parquet.ParquetFile(path) as file:
-                names: list[str] = file.schema_arrow.names
-                for key, name in self.record.members.items():
-                    if name not in names:
-                        raise MemberError(key, f"no column '{name}' (data.{key}) among {', '.join(names)}")
+                group_ends += accumulate(file.metadata.row_group(each).num_rows for each in range(file.num_row_groups))
+                self._refuse_missing_columns(path, file.schema_arrow.names)
                 for batch in file.iter_batches(batch_size=1024, columns=[*self.record.members.values()]):
-                    yield from map(self.record.of, batch.to_pylist())
-        except (ValueError, OSError) as problem:  # the library's own errors derive from these two
-            raise ValueError(f"{path}: {problem}") from problem
+                    for row in _plain_rows(batch):
+                        yield place, row
+                        number += 1
+        except UnicodeDecodeError as problem:
+            raise self.fault(f"{path}, {place()}", f"not UTF-8 text ({problem.reason})", _MEND) from problem
+        except SourceFault:
+            raise
+        except (ValueError, OSError, NotImplementedError) as problem:  # the library's own errors derive from these
+            if isinstance(problem, OSError) and problem.errno is not None:
+                raise OSError(problem.errno, os.strerror(problem.errno), str(path)) from problem
+            what = " ".join(str(problem).split())  # the library's messages have several lines
+            raise self.fault(f"{path}, at {place()} or behind it" if number else str(path), what, AGAIN) from problem
+
+    def _refuse_missing_columns(self, path: Path, names: Sequence[str]) -> None:
+        for leaf, name in self.record.members.items():
+            if name not in names:
+                what, fix = f"no column '{name}' among {', '.join(names)}", f"{_FIXES[leaf]}, or leave the file out"
+                raise self.fault(str(path), what, fix, leaf)
+
+
+def _plain_rows(batch: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a batch. Those before one that can't be decoded come all the same, so that it can be counted."""
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:
+        rows = (batch.slice(number, 1).to_pylist()[0] for number in range(batch.num_rows))
+    yield from rows
 
 
 class HuggingFace:
@@ -271,6 +323,7 @@ class HuggingFace:
     """
 
     name = "hf"
+    key = "data"
 
     def __init__(
         self,
@@ -322,7 +375,7 @@ class HuggingFace:
     def documents(self) -> Iterator[str]:
         """Yield the documents as they stream in."""
         yield from self._count.nonempty(self._texts())
-        self._count.warn(self.name, self.record)
+        self._count.warn(self.name, self.record, self.key)
 
     def _texts(self) -> Iterator[str]:
         """Yield the text of each row; "" where it has none."""
@@ -331,7 +384,8 @@ class HuggingFace:
         try:
             rows = library.load_dataset(self.path, self.subset, split=self.split, revision=self.revision, streaming=True)
         except Exception as problem:  # the library, the hub and the network raise many types
-            raise ValueError(f"{what} can't be opened: {problem}") from problem
+            fix = "check the name, the network and whether you may read it"
+            raise SourceFault(f"{what} can't be opened: {problem} ({key_below(self.key, 'path')}); {fix}") from problem
         number = 0
         stream = iter(rows)
         while True:
@@ -341,10 +395,11 @@ class HuggingFace:
                 return
             except Exception as problem:  # rows are read from the network one by one
                 place = f"behind row {number - 1}" if number else "at the first row"
-                raise ValueError(f"{what}, {place}: {problem}") from problem
+                fix = "check the network, and start again"
+                raise SourceFault(f"{what}, {place}: {problem} ({key_below(self.key, 'path')}); {fix}") from problem
             try:
                 text = self.record.of(row)
             except ValueError as problem:
-                raise ValueError(f"{what}, row {number}: {problem}") from problem
+                raise _record_fault(f"{what}, row {number}", problem, self.record, self.key) from problem
             yield text
             number += 1

@@ -29,11 +29,18 @@ log = logging.getLogger(__name__)
 STDLIB_PARTS = ("source", "docs")
 CHECKED = 32  # files whose first bytes are looked at before a run begins
 _DIGITS = 32  # of a digest
+AGAIN = "copy the file again, or leave it out"
+"""What to do about a damaged file."""
 _MARKS = {"JSON": "braces and names", "HTML": "tags", "XML": "tags", "a table": "separators"}
 
 
 class DocumentSource(Protocol):
-    """A stream of documents that can be read again and again, in the same order."""
+    """A stream of documents that can be read again and again, in the same order.
+
+    key  the config node that describes it, as errors and warnings name it; "" where keys have no node
+    """
+
+    key: str
 
     @property
     def name(self) -> str:
@@ -73,6 +80,7 @@ class FileSource(ABC):
     """
 
     name = "files"
+    key = "data"
     masked = False
     endings: tuple[str, ...] = ("",)
     fallback_endings: tuple[tuple[str, ...], ...] = ()
@@ -91,6 +99,27 @@ class FileSource(ABC):
     def settings(self) -> str:
         """Name the settings that, beside the files' contents, decide the documents."""
         return self.name
+
+    def fault(self, place: str, what: str, fix: str, leaf: str = "input") -> SourceFault:
+        """Word what is wrong with a file or a record: its place, the key to look at, what to do.
+
+        leaf: of the key, below the source's node
+        """
+        return SourceFault(f"{place}: {what} ({key_below(self.key, leaf)}); {fix}")
+
+    def content(self, path: Path) -> Iterator[bytes]:
+        """Yield the bytes of a file, decompressed. Raises ValueError, with key and fix, where it is damaged."""
+        return self._undamaged(formats.blocks(path))
+
+    def lines(self, path: Path) -> Iterator[bytes]:
+        """Yield the lines of a file, decompressed. Raises ValueError, with key and fix, where it is damaged."""
+        return self._undamaged(formats.lines(path))
+
+    def _undamaged(self, parts: Iterator[bytes]) -> Iterator[bytes]:
+        try:
+            yield from parts
+        except formats.DamagedFile as problem:
+            raise self.fault(str(problem.path), problem.what, AGAIN) from problem
 
     def files(self) -> list[Path]:
         """List all files, sorted, each once even under several names. Raises OSError for a folder that can't be read."""
@@ -189,6 +218,15 @@ class FileSource(ABC):
         """Sum the bytes of all files; None where some are compressed."""
         files = self.files()
         return None if any(map(formats.compression, files)) else sum(path.stat().st_size for path in files)
+
+
+class SourceFault(ValueError):
+    """A file or a record that can't be read. The message names file, place and key, and says what to do."""
+
+
+def key_below(node: str, leaf: str) -> str:
+    """Return the key of a member of a config node."""
+    return f"{node}.{leaf}" if node else leaf
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -299,13 +337,15 @@ class TextFiles(FileSource):
         told, self._told = self._told, True
         for kind, path in self._markup_kinds().items() if not told else ():
             if kind is not None:
-                log.warning("data.input: '%s' holds %s, and is trained on with its %s", path, kind[0], _MARKS[kind[0]])
+                key = key_below(self.key, "input")
+                log.warning("%s: '%s' holds %s, and is trained on with its %s", key, path, kind[0], _MARKS[kind[0]])
 
     def _separator_notice(self) -> str:
         assert self.separator is not None
-        said = f"data.separator: {self.separator!r} occurs in no file of text, so that each file is a document"
+        key = key_below(self.key, "separator")
+        said = f"{key}: {self.separator!r} occurs in no file of text, so that each file is a document"
         if "\\" in self.separator:
-            return f"{said}; a backslash stands for itself: give a line break as such (in bash $'data.separator=\"\\n\\n\"')"
+            return f"{said}; a backslash stands for itself: give a line break as such (in bash $'{key}=\"\\n\\n\"')"
         start = formats.head(self.files()[0])
         if b"\r\n" in start and "\r" not in self.separator:
             return f"{said}; lines of '{self.files()[0]}' end in \\r\\n"
@@ -320,13 +360,13 @@ class TextFiles(FileSource):
                 yield document
 
     def _text(self, path: Path) -> str:
-        content = b"".join(formats.blocks(path))
+        content = b"".join(self.content(path))
         try:
             if self.version > 1:
                 return content.decode("utf-8-sig")
             return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()  # universal newlines
         except UnicodeDecodeError as problem:
-            raise ValueError(f"{path}: {'; '.join(formats.not_utf8(path, problem))}") from problem
+            raise self.fault(str(path), *formats.not_utf8(path, problem)) from problem
 
 
 class StandardLibrary(FileSource):
