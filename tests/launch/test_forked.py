@@ -25,6 +25,7 @@ from meshloom.launch import agent, forked
 from meshloom.launch.exit_codes import HUNG
 from meshloom.launch.torchrun import TorchRun
 from meshloom.trainer.watch.incidents import read_incidents
+from support.forked_commands import ForkedCommand, run_forked
 
 PATIENCE = 280.0  # seconds: some, as a rule
 TINY = ["model.layers=1", "data.seq_len=64", "batch.samples=4", "batch.micro=2", "logging.progress=false"]
@@ -32,12 +33,12 @@ SMALL = ["recipe=quickstart", "data=synthetic", "trainer.tokens=null", "trainer.
 
 
 @pytest.fixture
-def launcher(tmp_path: Path) -> Generator[subprocess.Popen[str]]:
-    """A long run of two ranks."""
+def launcher(tmp_path: Path, request: pytest.FixtureRequest) -> Generator[subprocess.Popen[str]]:
+    """A long run of two ranks. Its launcher is forked, too, unless a test's parameter is the class to start it with."""
     line = [*SMALL, "launch.nproc=2", "launch.max_restarts=0", "trainer.steps=100000", "checkpoint.every=0"]
     line.append(f"output_dir={tmp_path}")
     command = [sys.executable, "-m", "meshloom.launch.cli", "train", *line]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = getattr(request, "param", ForkedCommand)(command, stderr=subprocess.PIPE, text=True)
     yield process
     if process.poll() is None:
         process.terminate()
@@ -63,6 +64,7 @@ def is_told_to_end(stopped: psutil.Process) -> bool:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("launcher", [subprocess.Popen], indirect=True, ids=["as a user starts it"])
 def test_ranks_are_forked_and_train(launcher: subprocess.Popen[str], tmp_path: Path) -> None:
     first, second = ranks(launcher, tmp_path)
     server = first.parent()
@@ -127,7 +129,8 @@ def test_ranks_end_if_those_above_are_killed(launcher: subprocess.Popen[str], tm
 
 
 @pytest.mark.timeout(900)
-def test_rank_that_refuses_its_config_sets_the_exit_code(tmp_path: Path) -> None:
+def test_rank_that_refuses_its_config_sets_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", ForkedCommand)
     line = [*SMALL, "precision=half", f"output_dir={tmp_path / 'run'}"]
     assert TorchRun(["--standalone", "--nproc-per-node=2", "-m", "meshloom.launch.rank", *line]).run() == 2
 
@@ -150,7 +153,7 @@ def fake(arguments):
 rank.main = fake
 os.environ["RANK"] = "3"
 codes = []
-for how in sys.argv[2:]:  # each in a process of its own; PyTorch is imported once
+for how in sys.argv[2:]:  # each in a process of its own
     folder = f"{sys.argv[1]}/{how}"
     os.mkdir(folder)
     process = os.fork()
@@ -168,7 +171,7 @@ def test_rank_has_environment_and_exit_of_its_own_process(tmp_path: Path) -> Non
     variables = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "RANK", "LATER")}
     variables["CHANGED"] = "not yet"
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), *ends]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    done = run_forked(command, PATIENCE, env=variables)
     assert json.loads(done.stdout) == list(ends.values()), done.stderr
     for how in ends:
         assert ("no such thing" in (tmp_path / how / "errors").read_text()) == (how == "raises")
@@ -182,7 +185,7 @@ def test_ranks_are_started_anew_where_they_cannot_be_forked(tmp_path: Path) -> N
     program = "import sys; from meshloom.launch import agent, forked; forked.can_fork = lambda: False; "
     program += "sys.exit(agent.main(sys.argv[1:]))"
     line = ["--standalone", "--nproc-per-node=1", "-m", "meshloom.launch.rank", "precision=half"]
-    done = subprocess.run([sys.executable, "-c", program, *line], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = run_forked([sys.executable, "-c", program, *line], PATIENCE, cwd=tmp_path)
     assert done.returncode == 2 and "there is no 'half'" in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""The main job as a person runs it: train on two processes, go on with one, generate; each command a process of its own."""
+"""The main job as a person runs it: train on two processes, go on with one, generate; each command a process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from meshloom.launch import cli
+from support.forked_commands import run_forked
 
 SMALL = [
     "recipe=quickstart",
@@ -34,18 +34,21 @@ SMALL = [
 ]
 
 
-def meshloom(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def meshloom(folder: Path, *words: str, forks: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command. forks: from this process, which has imported PyTorch; the first of all is started as by a person."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MESHLOOM_CACHE": str(folder / "cache")}
     command = [sys.executable, "-m", "meshloom.launch.cli", *words]
+    if forks:
+        return run_forked(command, 280, cwd=folder, env=environment)
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # minutes where the cores are shared, half a minute where they are not
-def test_train_resume_and_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_resume_and_generate(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("".join(f"the number after {n} is {n + 1}.\n" for n in range(300)))
 
-    first = meshloom(tmp_path, "train", *SMALL, "trainer.steps=4", "launch.nproc=2")
+    first = meshloom(tmp_path, "train", *SMALL, "trainer.steps=4", "launch.nproc=2", forks=False)
     assert first.returncode == 0, first.stderr
     assert "validation loss" in first.stdout and "run" in first.stdout.splitlines()[-1]
     assert (tmp_path / "run" / "sample.txt").read_text().startswith("def ")
@@ -70,10 +73,7 @@ def test_train_resume_and_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     third = meshloom(tmp_path, "generate", *asked)
     assert third.returncode == 0, third.stderr
     assert third.stdout.startswith("the ")
-    monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
-    assert cli.main(["generate", *asked]) == 0  # in this process, which needs no second import of PyTorch
-    assert capsys.readouterr().out == third.stdout
+    assert meshloom(tmp_path, "generate", *asked).stdout == third.stdout
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from meshloom.config.problems import Problem
 from meshloom.launch import agent, train
 from meshloom.launch.torchrun import PreparedAgent, TorchRun, environment
 from meshloom.trainer.signals import STOPPING
+from support.forked_commands import ForkedCommand, run_forked
 
 PATIENCE = 280.0  # seconds: torchrun and its workers begin in two, and in a hundred where the cores are shared
 WORKER = """
@@ -53,7 +54,7 @@ def start(folder: Path, mode: str) -> subprocess.Popen[str]:
         str(folder),
         mode,
     ]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return ForkedCommand(command, stderr=subprocess.PIPE, text=True)
 
 
 def runs(number: int) -> bool:
@@ -146,7 +147,7 @@ def test_an_agent_that_has_died_is_reported_by_its_code() -> None:
 def test_an_agent_whose_launcher_is_gone_ends() -> None:
     begin = "from meshloom.launch.torchrun import PreparedAgent; print(PreparedAgent().process.pid, flush=True)"
     launcher = [sys.executable, "-c", f"import os; {begin}; os._exit(9)"]
-    told = subprocess.run(launcher, capture_output=True, text=True, check=False)
+    told = run_forked(launcher, PATIENCE)
     assert told.returncode == 9
     deadline = time.monotonic() + PATIENCE
     while runs(int(told.stdout)) and time.monotonic() < deadline:

@@ -30,6 +30,7 @@ from meshloom.planner.gpus import GpusHere
 from meshloom.planner.prediction import RESERVE, SHARE
 from meshloom.planner.tables import GIB
 from meshloom.planner.traffic import Traffic, torch_moved
+from support.forked_commands import ForkedCommand
 from support.plans import LLAMA, SMALL, tokens_per_second
 
 TINY = [
@@ -276,6 +277,7 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError: x
 @pytest.mark.timeout(600)
 def test_measures_the_best_and_marks_what_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(subprocess, "Popen", ForkedCommand)
     words = [*TINY, "launch.nproc=2", "output_dir=mine"]
     tuned = tune(words, 4 * GIB)
     good = tuned.fitting[0]
@@ -305,7 +307,7 @@ def test_a_stop_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, re
     request.addfinalizer(lambda: shutil.rmtree(brief))
     command = [sys.executable, "-m", "meshloom.launch.cli", "tune", *TINY, "launch.nproc=2", "--memory=4", "--measure=3"]
     environment = {**os.environ, "TMPDIR": str(brief), "CUDA_VISIBLE_DEVICES": ""}
-    child = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    child = ForkedCommand(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     started: list[psutil.Process] = []
     while len(started) < 4 and child.poll() is None:  # the run, the agent, and its two processes
         started = psutil.Process(child.pid).children(recursive=True)

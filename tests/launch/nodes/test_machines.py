@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from meshloom.trainer.watch.incidents import read_incidents
+from support.forked_commands import ForkedCommand
 from support.ranks import run_ranks
 from support.tiny_run import TINY, body
 
@@ -53,7 +54,7 @@ class Machines:
         variables["PYTHONPATH"] = f"{self.folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         command = [sys.executable, "-m", "meshloom.launch.cli", "train", *self.words]
         log = (self.folder / f"machine-{len(self.started)}.log").open("w")
-        self.started.append(subprocess.Popen(command, env=variables, stdout=log, stderr=log))
+        self.started.append(ForkedCommand(command, env=variables, stdout=log, stderr=log))
         return self.started[-1]
 
     def release(self) -> None:
