@@ -29,8 +29,9 @@ from .manifest import Manifest, StoredArray
 from .memory.tier import Recovery, find_recovery, manifest_of, open_recovery
 from .reading.items import Raw
 from .reading.reader import Reader
-from .reading.shared_reader import PASSED_ON, SharedReader
+from .reading.shared_reader import SharedReader
 from .rebuild import NOTHING_LOST, KindOf, RebuildPlan, RebuiltLayers, agree_on_rebuilding
+from .verdict import agree_on_verdict, all_matched, some
 
 T = TypeVar("T")
 
@@ -194,12 +195,12 @@ def _try(
     group: ProcessGroup | None,
     plan: RebuildPlan = NOTHING_LOST,
 ) -> tuple[_Match | None, dict[str, Any]]:
-    """Read a step's values into fresh memory. Return what was read, and the verdict of all ranks (`_agree`)."""
+    """Read a step's values into fresh memory. Return what was read, and the verdict of all ranks (`agree_on_verdict`)."""
     match: _Match | None = None
     try:
         step = _open(candidate, location, talk, group)
         match = _match(step, choose(step.manifest), ways.strict, plan)
-        all_match = group is None or _all_matched(talk, True)
+        all_match = group is None or all_matched(talk, True)
         answer = _read(match, group) if all_match else {"unused": []}  # another rank says why
     except DamageError as error:
         answer = {"damaged": [error.file, error.what, error.block]}
@@ -212,8 +213,8 @@ def _try(
         talk.abort(f"restoring from {location} failed: {type(error).__name__}: {error}")
         raise
     if group is not None and match is None:
-        _all_matched(talk, False)
-    return match, _agree(talk, answer, ways.strict)
+        all_matched(talk, False)
+    return match, agree_on_verdict(talk, answer, ways.strict)
 
 
 def read_state(location: str | Path) -> dict[str, Any]:
@@ -430,11 +431,6 @@ def _read(match: _Match, group: ProcessGroup | None) -> dict[str, Any]:
     return {"unused": sorted(left.difference(match.allow_unused)), "source": step.files.label()}
 
 
-def _all_matched(talk: Round, mine: bool) -> bool:
-    """Agree whether every rank has come as far as reading, which they then do together."""
-    return talk.agree("matched", b"1" if mine else b"0", min, lambda least: least) == b"1"
-
-
 def _refuse_misfits(files: Files, manifest: Manifest, fragments: Sequence[Fragment], report: RestoreReport) -> None:
     shapes = {fragment.key: list(fragment.global_shape) for fragment in fragments}
     wrong = [f"{key} has shape {list(manifest.arrays[key].shape)}, the run wants {shapes[key]}" for key in report.mismatched]
@@ -442,41 +438,4 @@ def _refuse_misfits(files: Files, manifest: Manifest, fragments: Sequence[Fragme
     if wrong:
         weights = any(key.startswith("weight/") for key in (*report.mismatched, *report.missing))
         fix = "Choose the model whose weights they are" if weights else "With checkpoint.strict=false what fits is loaded"
-        raise CheckpointError(f"{files.label()} does not fit this run: {_some(wrong)}. {fix}")
-
-
-def _agree(talk: Round, answer: dict[str, Any], strict: bool) -> dict[str, Any]:
-    """One verdict for all ranks: {"unused": …} to go on, {"damaged": …} to try an older step, {"refused": …} to stop.
-
-    A rank says which of the stored arrays it has no use for, which mostly are the same few, or none, on many ranks.
-    """
-
-    def decide(joined: bytes) -> bytes:
-        verdict: dict[str, Any] = json.loads(joined)
-        if strict and verdict.get("unused"):
-            weights = any(key.startswith("weight/") for key in verdict["unused"])
-            fix = "Choose the model whose weights they are" if weights else "With checkpoint.strict=false they are left out"
-            what = f"holds arrays that this run does not have: {_some(verdict['unused'])}"
-            verdict = {"refused": f"{verdict['source']} {what}. {fix}"}
-        return json.dumps(verdict).encode()
-
-    return json.loads(talk.agree("prepared", json.dumps(answer).encode(), _join_answers, decide))
-
-
-def _join_answers(messages: Sequence[bytes]) -> bytes:
-    """Join the answers of several ranks: a refusal counts most, then damage; otherwise what none of them has used.
-
-    Of damage it is told what the rank says that has met it.
-    """
-    answers: list[dict[str, Any]] = [json.loads(message) for message in messages]
-    for kind in ("refused", "damaged"):
-        found = [answer for answer in answers if kind in answer]
-        if found:
-            seen = [answer for answer in found if PASSED_ON not in answer[kind]]
-            return json.dumps([*seen, *found][0]).encode()
-    unused = set(answers[0]["unused"]).intersection(*(answer["unused"] for answer in answers[1:]))
-    return json.dumps({**answers[0], "unused": sorted(unused)}).encode()
-
-
-def _some(items: list[str]) -> str:
-    return "; ".join(items[:8]) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
+        raise CheckpointError(f"{files.label()} does not fit this run: {some(wrong)}. {fix}")
