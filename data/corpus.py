@@ -11,6 +11,7 @@ import xxhash
 
 from ..config.cache import cache_folder, expand_user
 from ..config.hashing import hash64
+from ..config.per_host import attempt_folder, is_first_on_host
 from ..config.problems import ConfigError, Problem
 from .config import CorpusConfig, DataMixtureConfig, PackingConfig
 from .documents.chat import MADE
@@ -94,7 +95,8 @@ class Packed:
         self.version = config.version
         self._packing = config.packing
         self._document_mask = config.document_mask
-        self._verify = config.verify
+        # The first rank of a host reads all, and others that wait for it need not.
+        self._verify = config.verify and (is_first_on_host() or attempt_folder() is None)
         self._cache = cache_folder(config.cache_dir)
         self._tokenizer: Tokenizer | None = None
         self._shards: tuple[TokenShards, TokenShards | None] | None = None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...config.problems import Problem
+from ..shards.manifest import named_error
 
 HEAD = 1 << 16  # bytes, once decompressed, by which a file's content is judged
 _BLOCK = 1 << 20
@@ -94,8 +95,8 @@ def blocks(path: Path) -> Iterator[bytes]:
     try:
         yield from found
     except damage as problem:
-        if kind is None:
-            raise  # the file system's error, which names the file
+        if isinstance(problem, OSError) and (kind is None or problem.errno is not None):  # the file system's, and no damage
+            raise named_error(problem, path) from problem
         raise DamagedFile(path, f"damaged ({problem})") from problem
 
 

@@ -20,6 +20,8 @@ import xxhash
 
 from ...config.cache import expand_user
 from ...config.problems import Problem
+from ...config.words import counted
+from ..byte_progress import byte_progress, gigabytes
 from ..shards.manifest import digest_file
 from ..version import NEWEST
 from . import formats
@@ -258,23 +260,48 @@ def identity_of(files: Sequence[Path], settings: str, memo: Path) -> str:
     seen = json.dumps([settings, [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]])
 
     def digest() -> str:
-        contents = [settings, *(digest_file(Path(path)) for path, _ in stats)]
+        size = sum(stat.st_size for _, stat in stats)
+        with byte_progress(f"hashing {gigabytes(size)} in {counted(len(stats), 'file')}", size) as count:
+            contents = [settings, *(digest_file(Path(path), count) for path, _ in stats)]
         return xxhash.xxh3_128_hexdigest(json.dumps(contents).encode())
 
     return _cached_digest(memo / xxhash.xxh3_128_hexdigest(seen.encode()), digest)
 
 
 def _cached_digest(path: Path, compute: Callable[[], str]) -> str:
-    """Read a digest from a small file; compute and write it if it is missing, or empty after a crash of the machine."""
-    kept = path.read_text() if path.exists() else ""
-    if len(kept) == _DIGITS:
+    """Read a digest from a small file; compute and write it if it is missing, or empty after a crash of the machine.
+
+    Of processes that miss it together one computes, and the others wait.
+    """
+    if kept := _kept_digest(path):
         return kept
-    value = compute()
+    from filelock import FileLock, Timeout
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    temporary.write_text(value)
-    temporary.replace(path)
-    return value
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0.1)
+    except Timeout:
+        log.info("waiting for another process that hashes the data")
+        lock.acquire()
+    try:
+        if kept := _kept_digest(path):
+            return kept
+        value = compute()
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        temporary.write_text(value)
+        temporary.replace(path)
+        return value
+    finally:
+        if path.exists():  # who waits for the lock, or creates it again, finds the digest
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _kept_digest(path: Path) -> str:
+    """Return the digest that a file keeps; "" for none."""
+    kept = path.read_text() if path.exists() else ""
+    return kept if len(kept) == _DIGITS else ""
 
 
 class TextFiles(FileSource):

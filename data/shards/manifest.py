@@ -21,6 +21,7 @@ from typing import Any
 import xxhash
 
 from ...config.names import name_fault
+from ..byte_progress import CountBytes
 
 FORMAT = "meshloom-tokens"
 VERSION = 1
@@ -127,10 +128,20 @@ class ShardManifest:
             os.fsync(file.fileno())
 
 
-def digest_file(path: Path) -> str:
-    """Compute the xxh3-128 of a file's contents."""
+def digest_file(path: Path, count: CountBytes | None = None) -> str:
+    """Compute the xxh3-128 of a file's contents. count: told the bytes that were read. Raises OSError naming the file."""
     state = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            state.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                state.update(block)
+                if count is not None:
+                    count(len(block))
+    except OSError as error:
+        raise named_error(error, path) from error
     return state.hexdigest()
+
+
+def named_error(error: OSError, path: Path) -> OSError:
+    """Return an error of the system with the name of its file, which an error of reading an open one lacks."""
+    return error if error.filename is not None or error.errno is None else OSError(error.errno, error.strerror, str(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ...config.cache import build_once
+from ...config.words import counted
+from ..byte_progress import CountBytes, byte_progress, gigabytes
 from .manifest import MANIFEST, FileEntry, ShardError, ShardManifest, digest_file
-
-log = logging.getLogger(__name__)
 
 _THREADS = 8  # files that are copied at once
 
@@ -59,14 +58,16 @@ class RemoteShards:
         held = [entry for shard in manifest.shards for entry in (shard.tokens, shard.documents, shard.learned)]
         entries = [entry for entry in (*held, manifest.tokenizer) if entry is not None]
         partial.mkdir(exist_ok=True)
-        left = [entry for entry in entries if not _is_whole(partial / entry.name, entry)]
+        before = sum(entry.bytes for entry in entries if (partial / entry.name).exists())
+        with byte_progress(f"comparing {gigabytes(before)} that were copied before", before) as count:
+            left = [entry for entry in entries if not _is_whole(partial / entry.name, entry, count)]
         size, free = sum(entry.bytes for entry in left), shutil.disk_usage(partial).free
         if size > free:
-            message = f"{self.url}: {size / 1e9:.2f} GB do not fit into {partial.parent}, which has {free / 1e9:.2f} GB free"
+            message = f"{self.url}: {gigabytes(size)} do not fit into {partial.parent}, which has {gigabytes(free)} free"
             raise ShardError(f"{message}; free some, or set data.cache_dir to a folder on a larger disk")
-        log.info("copying %d files (%.2f GB) from %s into the cache", len(left), size / 1e9, self.url)
-        with ThreadPoolExecutor(_THREADS) as threads:
-            copies = [threads.submit(self._copy_whole, entry, partial) for entry in left]
+        title = f"copying {counted(len(left), 'file')} ({gigabytes(size)}) from {self.url}"
+        with byte_progress(title, size, announce=True) as count, ThreadPoolExecutor(_THREADS) as threads:
+            copies = [threads.submit(self._copy_whole, entry, partial, count) for entry in left]
             try:
                 for copy in copies:
                     copy.result()
@@ -78,10 +79,10 @@ class RemoteShards:
         manifest.write(folder)
         shutil.rmtree(partial)
 
-    def _copy_whole(self, entry: FileEntry, folder: Path) -> None:
+    def _copy_whole(self, entry: FileEntry, folder: Path, count: CountBytes) -> None:
         """Copy a file, which has its name once its digest is the manifest's."""
         unchecked = f"{entry.name}.unchecked"
-        self._copy(entry.name, folder, unchecked)
+        self._copy(entry.name, folder, unchecked, count)
         if not _is_whole(folder / unchecked, entry):
             (folder / unchecked).unlink()
             raise ShardError(f"{self.url}/{entry.name}: damaged (it is not what {MANIFEST} lists); upload the data set again")
@@ -89,10 +90,20 @@ class RemoteShards:
             os.fsync(file.fileno())  # the folder that it moves into counts as complete once it is renamed
         (folder / unchecked).rename(folder / entry.name)
 
-    def _copy(self, name: str, folder: Path, to: str | None = None) -> None:
+    def _copy(self, name: str, folder: Path, to: str | None = None, count: CountBytes | None = None) -> None:
+        from fsspec.callbacks import Callback
+
+        done = 0
+
+        def told(size: int, value: int, **_: object) -> None:
+            nonlocal done
+            if count is not None and value > done:  # a store that tries again counts from 0
+                count(value - done)
+                done = value
+
         system, root = self._open()
         try:
-            system.get_file(f"{root}/{name}", str(folder / (to or name)))
+            system.get_file(f"{root}/{name}", str(folder / (to or name)), callback=Callback(hooks={"count": told}))
         except FileNotFoundError:
             raise ShardError(f"{self.url}/{name}: not found; give the URL of an output of 'meshloom data tokenize'") from None
         except Exception as error:
@@ -111,6 +122,6 @@ class RemoteShards:
         return ShardError(f"{self.url}{'/' if name else ''}{name}: can't be read ({type(error).__name__}: {error})")
 
 
-def _is_whole(path: Path, entry: FileEntry) -> bool:
-    """Return whether a file is there, with the contents that the manifest lists."""
-    return path.is_file() and path.stat().st_size == entry.bytes and digest_file(path) == entry.xxh3
+def _is_whole(path: Path, entry: FileEntry, count: CountBytes | None = None) -> bool:
+    """Return whether a file is there, with the contents that the manifest lists. count: told the bytes that were read"""
+    return path.is_file() and path.stat().st_size == entry.bytes and digest_file(path, count) == entry.xxh3

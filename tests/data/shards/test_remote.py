@@ -77,7 +77,9 @@ def test_damaged_and_missing_shards_are_refused(tmp_path: Path, store: str, monk
     system.pipe_file(file, whole)
     copied, get_file = list[str](), type(system).get_file
     monkeypatch.setattr(
-        type(system), "get_file", lambda self, path, *more: (copied.append(Path(path).name), get_file(self, path, *more))
+        type(system),
+        "get_file",
+        lambda self, path, *more, **keys: (copied.append(Path(path).name), get_file(self, path, *more, **keys)),
     )
     node(f"{store}/train", tmp_path / "cache", validation=f"{store}/validation")
     counts = Counter(name.partition("-")[0] for name in copied)
