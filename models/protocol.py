@@ -159,3 +159,14 @@ def lacks(model: Model, method: str) -> bool:
     """Return whether a model does not override this method of `Model`."""
     found: Any = getattr(type(model), method)
     return found is getattr(Model, method)
+
+
+def may_skip_weights(model: Model) -> bool:
+    """Return whether a step may use weights on some ranks only, as after a branch on the data or a random choice.
+
+    Meshloom's own classes use all their weights in every pass. Nothing is known of a class of the user's own: the model's, also
+    one derived from Meshloom's, or that of a part.
+    """
+    package = __name__.partition(".")[0]
+    whose = [type(module).__module__.partition(".")[0] for module in model.modules()]
+    return whose[0] != package or not {package, "torch"}.issuperset(whose)

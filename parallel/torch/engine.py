@@ -21,7 +21,7 @@ from torch import nn
 from ...data.assignment import Share
 from ...data.batch import MicroBatch
 from ...models.mixture.mixture import experts_of
-from ...models.protocol import Model, decoder_shape
+from ...models.protocol import Model, decoder_shape, may_skip_weights
 from ...optim.optimizers.parameters import NamedParameter, initial_counter_values
 from ..collective_waits import measure_collectives
 from ..config import ParallelConfig
@@ -66,7 +66,7 @@ class TorchEngine:
         context = ContextParallel(mesh, parallel.cp_kind, **ring) if mesh.layout.cp > 1 else None
         attention = HybridAttention(mesh, **ring) if parallel.hdp != "none" else context
         groups = parameter_groups(parallel, mesh.layout, experts_of(model))
-        strategies = make_strategies(groups, mesh, parallel, settings)
+        strategies = make_strategies(groups, mesh, parallel, settings, may_skip=may_skip_weights(model))
         self.weights = Weights(strategies, mesh, settings.compute, parallel.gradient_exchange)
         fused = fuses_swiglu(model, mesh, parallel, settings), fuses_experts(model, mesh, parallel, settings)
         offload: RowOffload | None = None

@@ -67,7 +67,7 @@ class MasterWeight:
             self.master.grad = gradient
 
 
-@dataclass
+@dataclass(eq=False)
 class ExchangeUnit:
     """Weights whose gradients are sent together, and which are gathered before the same modules are called.
 
@@ -126,6 +126,11 @@ class ExchangeUnit:
             before += gradient
         else:
             self.taken[index] = gradient if keep_dtype else gradient.to(weight.master.dtype)
+
+    def take_zeros(self, index: int, keep_dtype: bool) -> None:
+        """Count a weight that only other ranks have used as used. keep_dtype: as of `take`."""
+        weight = self.weights[index]
+        self.taken[index] = torch.zeros_like(weight.whole, dtype=None if keep_dtype else weight.master.dtype)
 
     def _sum_pending(self, index: int) -> None:
         parts, placements = self.taken[index], self.pending.pop(index, None)

@@ -34,6 +34,7 @@ from .groups import ParameterGroup, gather_units, split_by_group
 from .rounded_masters import RoundedMasters
 from .strategy import LocalWeight, WeightStrategy
 from .transport import Transport
+from .used_weights import UsedWeights
 
 
 class MasterWeights(WeightStrategy):
@@ -49,12 +50,14 @@ class MasterWeights(WeightStrategy):
         *,
         compute: torch.dtype,
         accum_dtype: torch.dtype,
+        may_skip: bool,
         masters: str = "full",
         seed: int = 0,
     ) -> None:
         """groups: all of the model's; compute: dtype of the whole weights; accum_dtype: of masters and sums of gradients.
 
         exchange_groups: groups in which gradients are exchanged, from the innermost outwards
+        may_skip: whether ranks may use different weights (`models.protocol.may_skip_weights`)
         masters: one of `trainer.masters`; seed: of their rounding
         """
         super().__init__()
@@ -67,6 +70,8 @@ class MasterWeights(WeightStrategy):
         self._separate = False  # whether masters are tensors of their own
         self._current = False  # whether weights are their masters' values, or on the way to be
         self._reducer = GradientReducer(mesh.compute_time.waiting)
+        self._may_skip = may_skip
+        self._used: UsedWeights | None = None
         self.units: list[ExchangeUnit] = []
 
     def shard(self, stage: Model) -> None:
@@ -76,6 +81,7 @@ class MasterWeights(WeightStrategy):
 
     def adopt(self, stages: Sequence[Model], named: Mapping[str, nn.Parameter]) -> None:
         """Make the masters, and register hooks on gradients and calls of the whole weights."""
+        parameters: dict[ExchangeUnit, list[nn.Parameter]] = {}
         names = {parameter: name for name, parameter in named.items()}
         for stage in stages:
             for unit in gather_units(stage, self._group, self._groups):
@@ -84,12 +90,15 @@ class MasterWeights(WeightStrategy):
                 weights = [self._add(names[weight], weight) for weight in unit.weights]
                 sent = ExchangeUnit(weights, self._axes, self._transport, self._exchange_groups)
                 self.units.append(sent)
+                parameters[sent] = unit.weights
                 self._transport.reserve(self._axes.num_shards * sent.padded_numel)
                 for index, parameter in enumerate(unit.weights):
                     parameter.register_post_accumulate_grad_hook(self._reducer.hook(sent, index))
                 if self._axes.num_shards > 1:
                     for module in unit.readers:
                         module.register_forward_pre_hook(_waiting(sent))
+        if self._may_skip and self._axes.shared:
+            self._used = UsedWeights(parameters, self._axes, self._mesh.compute_time.waiting)
         self._separate = any(weight.compute_copy is not None for weight in self.local.values())
         if self._kind != "full":
             self._rounded = RoundedMasters(self.local, self._kind, self._seed)
@@ -123,9 +132,16 @@ class MasterWeights(WeightStrategy):
         """Send a unit's gradients as soon as this micro-batch has completed them, or not."""
         self._reducer.last = last
 
+    def begin_backward(self, loss: torch.Tensor) -> None:
+        """Send no gradient before the end of a last backward pass in which ranks use different weights."""
+        if self._used is not None and self._reducer.last and self._used.differ(loss):
+            self._reducer.last = False
+
     @torch.no_grad()
     def wait_reduce(self) -> None:
         """Wait until all gradients have arrived at their masters."""
+        if self._used is not None:
+            self._used.fill(self._reducer.keep_grad_dtype)
         for unit in self.units:
             if any(gradient is not None for gradient in unit.taken):  # it waits for weights that this step did not use
                 self._reducer.reduce(unit)

@@ -70,6 +70,7 @@ class Accumulation:
             if self._offload is not None:
                 self._offload.begin_row(micro_batch.documents)
             loss = self._forward(micro_batch)
+            self._weights.begin_backward(loss)
             self._heartbeat.beat(Phase.BACKWARD, number)
             (loss / global_tokens).backward()
             total += loss.detach()

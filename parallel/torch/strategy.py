@@ -60,6 +60,9 @@ class WeightStrategy:
     def set_last_micro_batch(self, last: bool) -> None:
         """Announce a micro-batch, before its forward pass. last: gradients must be complete on all ranks after it."""
 
+    def begin_backward(self, loss: torch.Tensor) -> None:
+        """Prepare for the backward pass of a micro-batch, from its loss."""
+
     def wait_reduce(self) -> None:
         """Wait, after a last micro-batch, until every `tensor` has its gradient, summed over all ranks."""
         raise NotImplementedError

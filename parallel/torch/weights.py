@@ -23,9 +23,9 @@ from .transport import choose_transport, make_exchange_groups
 
 
 def make_strategies(
-    groups: Sequence[ParameterGroup], mesh: Mesh, parallel: ParallelConfig, settings: EngineSettings
+    groups: Sequence[ParameterGroup], mesh: Mesh, parallel: ParallelConfig, settings: EngineSettings, *, may_skip: bool
 ) -> list[WeightStrategy]:
-    """Make a strategy for each group. Every process must call it."""
+    """Make a strategy for each group. Every process must call it. may_skip: whether ranks may use different weights."""
 
     def make(group: ParameterGroup) -> WeightStrategy:
         axes = mesh.weight_axes[group.name]
@@ -42,6 +42,7 @@ def make_strategies(
             exchange_groups,
             compute=settings.compute,
             accum_dtype=settings.storage,
+            may_skip=may_skip,
             masters=settings.masters,
             seed=settings.seed,
         )
@@ -130,6 +131,11 @@ class Weights(WeightStrategy):
         """Tell every group."""
         for strategy in self.strategies:
             strategy.set_last_micro_batch(last)
+
+    def begin_backward(self, loss: torch.Tensor) -> None:
+        """Prepare every group."""
+        for strategy in self.strategies:
+            strategy.begin_backward(loss)
 
     def wait_reduce(self) -> None:
         """Wait for every group's gradients."""

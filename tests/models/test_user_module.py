@@ -13,7 +13,7 @@ from meshloom.config.problems import ConfigError
 from meshloom.data.batch import IGNORED, MicroBatch
 from meshloom.models.build import build_model
 from meshloom.models.init import Filled, Normal, fill
-from meshloom.models.protocol import Model
+from meshloom.models.protocol import Model, may_skip_weights
 from meshloom.models.user_module import defaults_used
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.config import AdamWConfig
@@ -24,6 +24,7 @@ from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.policies import ActivationSettings
 from support.compiling import counted_graphs
+from support.models import decoder
 from support.parity import VOCABULARY, Work, sample, take_steps
 from support.ranks import run_ranks
 from support.settings import settings_of
@@ -179,3 +180,16 @@ def test_policies_need_blocks() -> None:
 def test_an_attribute_by_the_name_of_a_method_is_refused() -> None:
     with pytest.raises(ConfigError, match="has an attribute initial"):
         build_model({"_target_": "support.user_gpt.clashing"}, VOCABULARY)
+
+
+@pytest.mark.parametrize("shape", [{}, {"experts": {"count": 4, "top_k": 2, "ffn_dim": 7}}], ids=["dense", "mixture"])
+def test_ranks_may_skip_weights_of_a_users_own_class_alone(shape: dict[str, Any]) -> None:
+    from support.routed import Block, Skipping
+
+    shape = {**Work().llama(), **shape}
+    ours = decoder(**shape)
+    assert not may_skip_weights(ours)
+    assert may_skip_weights(gpt()), "a module that is adopted"
+    assert may_skip_weights(Skipping(ours.config)), "a class derived from ours"
+    ours.layers["1"].ffn = Block(24)
+    assert may_skip_weights(ours), "a part in ours"

@@ -1,0 +1,120 @@
+"""Agreement of ranks on the weights that they use in a step, for models that may skip weights (`models/protocol.py`).
+
+Gradients are sent while others are still computed, each unit of weights as soon as its own are complete. Ranks pair the same
+units only if all complete them in one order. Which weights a backward pass will reach, and when, is read off the autograd
+graph before it starts. If ranks differ in it, none sends anything before the pass has ended. Then each sends zeros for weights
+that only others have used, unit by unit in one order.
+
+No rank waits for another inside of a backward pass for this, where collectives of layers have their own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..mesh import WeightAxes
+from .exchange import ExchangeUnit
+
+ACCUMULATE = "torch::autograd::AccumulateGrad"
+"""The node behind a leaf of the graph, which adds to its gradient."""
+
+HIDING = "CheckpointFunctionBackward"
+"""The node of a checkpoint with `use_reentrant=True`: its weights are in a graph of its own, made in the backward pass."""
+
+UNUSED, AT_END, FIRST = 0, 1, 2
+"""When a weight's gradient is sent: never, after the pass, or in it, with the unit that is complete first (+ 1: second)."""
+
+
+class UsedWeights:
+    """Compares the ranks that hold the same weights, before a backward pass and, where they differ, after it."""
+
+    def __init__(
+        self,
+        units: Mapping[ExchangeUnit, Sequence[nn.Parameter]],
+        axes: WeightAxes,
+        waiting: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """units: their weights; waiting: encloses what waits for other ranks."""
+        self._units, self._axes, self._waiting = units, axes, waiting
+        self._weights = {weight for weights in units.values() for weight in weights}
+        self._differ = False
+
+    def differ(self, loss: torch.Tensor) -> bool:
+        """Return whether ranks will use other weights in the backward pass of a loss, or in another order. A collective."""
+        completed, hides = completion(loss, self._weights)
+        mine = [*self._sent(completed), hides]
+        votes = self._highest([*mine, *(-vote for vote in mine)])
+        highest, lowest = votes[: len(mine)], [-vote for vote in votes[len(mine) :]]
+        self._differ = highest != lowest or highest[-1] > 0
+        return self._differ
+
+    def _sent(self, completed: Mapping[nn.Parameter, int]) -> list[int]:
+        """Return when each weight's gradient is sent. completed: as of `completion`."""
+        ends = {
+            unit: min(completed[weight] for weight in weights)
+            for unit, weights in self._units.items()
+            if all(weight in completed for weight in weights)
+        }
+        order = {unit: FIRST + at for at, unit in enumerate(sorted(ends, key=ends.__getitem__, reverse=True))}
+        return [
+            order.get(unit, AT_END) if weight in completed or before is not None else UNUSED
+            for unit, weights in self._units.items()
+            for weight, before in zip(weights, unit.taken, strict=True)
+        ]
+
+    def fill(self, keep_dtype: bool) -> None:
+        """Take zeros as the gradients of weights that only other ranks have used, if ranks differ. A collective then.
+
+        keep_dtype: as of `ExchangeUnit.take`
+        """
+        if not self._differ:
+            return
+        self._differ = False
+        weights = [(unit, index) for unit in self._units for index in range(len(unit.weights))]
+        used = self._highest([unit.taken[index] is not None for unit, index in weights])
+        for (unit, index), somewhere in zip(weights, used, strict=True):
+            if somewhere and unit.taken[index] is None:
+                unit.take_zeros(index, keep_dtype)
+
+    def _highest(self, numbers: Sequence[int]) -> list[int]:
+        """Return the highest of the ranks' numbers at each place. On the host: it waits for no device."""
+        votes = torch.tensor(numbers, dtype=torch.int64)
+        with self._waiting():
+            for axis in (self._axes.shards, self._axes.copies):
+                if axis.size() > 1:
+                    dist.all_reduce(votes, dist.ReduceOp.MAX, group=axis.get_group())
+        return votes.tolist()
+
+
+def completion(loss: torch.Tensor, weights: Collection[nn.Parameter]) -> tuple[dict[nn.Parameter, int], bool]:
+    """Find the weights in the graph of a loss, and when its backward pass completes their gradients.
+
+    Autograd always runs the newest node that is ready, so a gradient is complete with the oldest node that uses the weight. The
+    numbers of these nodes are returned, in the order of the forward pass. Also returns whether the graph hides weights.
+    """
+    completed: dict[nn.Parameter, int] = {}
+    hides = False
+    left = [] if loss.grad_fn is None else [loss.grad_fn]
+    seen = set(left)
+    while left:
+        node = left.pop()
+        hides = hides or node.name() == HIDING
+        for after, _ in node.next_functions:
+            if after is None or after in seen:
+                continue
+            if after.name() == ACCUMULATE:
+                weight = cast(Any, after).variable
+                if weight in weights:
+                    # Private: nothing public says in which order nodes run. `test_used_weights.py` compares it with a pass.
+                    number = node._sequence_nr()
+                    completed[weight] = min(number, completed.get(weight, number))
+            else:
+                seen.add(after)
+                left.append(after)
+    return completed, hides
