@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import xxhash
 
@@ -75,7 +75,7 @@ class RecordText:
         """
         if self.messages is not None:
             assert self.template is not None
-            return self.template.render(_member(record, self.messages))
+            return self.template.render(without_surrogates(_member(record, self.messages)))
         text = field_text(record, self.field)
         if self.prompt is None or not text:
             return text
@@ -99,9 +99,19 @@ def field_text(record: dict[str, Any], field: str, key: str = "field") -> str:
     text = record[field]
     if not isinstance(text, str | None):
         raise MemberError(key, f"field '{field}' is not text but {type(text).__name__}")
-    text = text or ""
+    return without_surrogates(text or "")
+
+
+def without_surrogates(value: Any) -> Any:
+    """Return a JSON value with U+FFFD in place of halves of surrogate pairs, which JSON can write, and no tokenizer takes."""
+    if isinstance(value, dict):
+        return {name: without_surrogates(each) for name, each in cast(dict[str, Any], value).items()}
+    if isinstance(value, list):
+        return [without_surrogates(each) for each in cast(list[Any], value)]
+    if not isinstance(value, str):
+        return value
     try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no tokenizer takes
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+        value.encode()
+        return value
+    except UnicodeEncodeError:
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import glob
 import io
 import json
@@ -12,7 +13,8 @@ import sysconfig
 import uuid
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -380,20 +382,46 @@ class TextFiles(FileSource):
 
     def read(self, path: Path) -> Iterator[str]:
         """Yield the documents of one file."""
-        text = self._text(path)
-        self._separated |= bool(self.separator) and self.separator in text
-        for document in text.split(self.separator) if self.separator else [text]:
+        for number, document in enumerate(split_pieces(self._pieces(path), self.separator)):
+            self._separated |= number > 0
             if document:
                 yield document
 
-    def _text(self, path: Path) -> str:
-        content = b"".join(self.content(path))
-        try:
-            if self.version > 1:
-                return content.decode("utf-8-sig")
-            return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()  # universal newlines
-        except UnicodeDecodeError as problem:
-            raise self.fault(str(path), *formats.not_utf8(path, problem)) from problem
+    def _pieces(self, path: Path) -> Iterator[str]:
+        """Yield the text of a file in pieces: as it stands, without a byte order mark, or by the rules of version 1."""
+        decoder, newlines = codecs.getincrementaldecoder("utf-8")(), io.IncrementalNewlineDecoder(None, translate=True)
+        done, mark = 0, "\ufeff"
+        for block in chain(self.content(path), [b""]):
+            held = len(decoder.getstate()[0])  # bytes of a character that a block has cut
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as problem:
+                problem.start += done - held
+                raise self.fault(str(path), *formats.not_utf8(path, problem)) from problem
+            done += len(block)
+            if self.version == 1:
+                yield newlines.decode(text, final=not block)
+            elif text:
+                yield text.removeprefix(mark)
+                mark = ""
+
+
+def split_pieces(pieces: Iterable[str], separator: str | None) -> Iterator[str]:
+    """Split a text that comes in pieces as `str.split` does. Of a file only a piece and the part that it ends in are in memory.
+
+    separator: None or "" for a text that is not split
+    """
+    begun: list[str] = []  # of a part whose end has not been read
+    rest = ""  # the end of what was read, which may be the beginning of a separator
+    for piece in pieces:
+        *ended, rest = (rest + piece).split(separator) if separator else [piece]
+        for part in ended:
+            yield "".join([*begun, part])
+            begun = []
+        certain = max(0, len(rest) + 1 - len(separator)) if separator else len(rest)
+        begun.append(rest[:certain])
+        rest = rest[certain:]
+    yield "".join([*begun, rest])
 
 
 class StandardLibrary(FileSource):

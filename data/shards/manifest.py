@@ -108,6 +108,10 @@ class ShardManifest:
             )
             tokenizer = stated.pop("tokenizer")
             manifest = cls(shards=shards, tokenizer=None if tokenizer is None else FileEntry(**tokenizer), **stated)
+        except ShardError as problem:
+            if str(path) in str(problem):
+                raise
+            raise ShardError(f"{folder}/{problem}") from problem  # a name that leads out of the folder
         except FileNotFoundError:
             raise ShardError(
                 f"{path}: not found; give a folder written by 'meshloom data tokenize', or a complete copy of one"

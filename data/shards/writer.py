@@ -84,7 +84,11 @@ class ShardWriter:
         self._tokenizer: FileEntry | None = None
         if save_tokenizer is not None:
             path = self._building / TOKENIZER
-            save_tokenizer(path)
+            try:
+                save_tokenizer(path)
+            except BaseException:
+                shutil.rmtree(self._building, ignore_errors=True)
+                raise
             self._tokenizer = FileEntry(path.name, path.stat().st_size, digest_file(path))
         self._shards: list[ShardEntry] = []
         self._masked = masked

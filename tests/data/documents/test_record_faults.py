@@ -137,3 +137,10 @@ def test_a_warning_names_the_source_by_its_key(tmp_path: Path, caplog: pytest.Lo
     source.key = "validation.web"
     assert list(source.documents()) == ["one"]
     assert "validation.web.field: 1 of 2 records" in caplog.text
+
+
+def test_half_a_surrogate_pair_in_a_conversation_is_replaced(tmp_path: Path) -> None:
+    """JSON can write one; a run ended for it, naming no file."""
+    (tmp_path / "a.jsonl").write_text('{"turns": [{"role": "assistant", "content": "x\\ud83d y"}]}\n')
+    (text,) = JsonLines(str(tmp_path), record=CHAT).documents()
+    assert text.encode().decode() == "x\ufffd y"

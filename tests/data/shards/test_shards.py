@@ -170,3 +170,21 @@ def test_nothing_shows_before_everything_is_there(tmp_path: Path):
     assert (tmp_path / "corpus").is_dir() and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(FileExistsError):
         ShardWriter(tmp_path / "corpus", 300)
+
+
+def test_a_tokenizer_that_can_not_be_saved_leaves_nothing(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    with pytest.raises(OSError, match="No space"):
+        ShardWriter(tmp_path / "shards", 300, save_tokenizer=fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_leads_out_is_told_with_its_folder(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "shards", 300) as writer:
+        writer.add(np.arange(9))
+    path = tmp_path / "shards/dataset.json"
+    path.write_text(path.read_text().replace("tokens-00000.bin", "../tokens-00000.bin"))
+    with pytest.raises(ShardError, match=rf"^{path}: .*outside its folder"):
+        TokenShards(tmp_path / "shards")
