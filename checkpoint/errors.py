@@ -1,4 +1,8 @@
-"""The errors that checkpoints raise for users. Imports nothing of ours, so that the writer process stays small."""
+"""The errors that checkpoints raise for users. Imports nothing of ours, so that the writer process stays small.
+
+An error that is kept and raised later is taken out of a list, `raise held.pop()`. Under a name in the frame that raises it, it
+and that frame would hold each other, and with them all that their callers have read, until garbage is collected.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -83,12 +84,9 @@ def check_lengths(files: Files, manifest: Manifest) -> None:
 
 def raise_first(faults: Iterator[CheckpointError]) -> None:
     """Raise the first of some faults, if there is one."""
-    fault = next(faults, None)
-    if fault is not None:
-        try:
-            raise fault
-        finally:
-            del fault  # or it and this frame would hold each other, and their callers, until garbage is collected
+    held = list(itertools.islice(faults, 1))
+    if held:
+        raise held.pop()  # it has no name here: see `errors.py`
 
 
 def length_faults(files: Files, manifest: Manifest, file: StoredFile, sizes: Mapping[str, int | None]) -> Iterator[DamageError]:

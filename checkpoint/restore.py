@@ -331,18 +331,17 @@ def _open(candidate: str, location: str | Path, talk: Round, group: ProcessGroup
             folder.warn_of_left_out()
         return _Opened(folder.files, folder.manifest, folder)
     files: Files | None = None
-    fault: CheckpointError | None = None
+    held: list[CheckpointError] = []
     try:
         if candidate.startswith(_IN_MEMORY):
             files = open_recovery(candidate.removeprefix(_IN_MEMORY), local_path(location), talk)
         else:
             files = open_files(candidate)
     except CheckpointError as error:
-        fault = error
+        held.append(error)
     text = _from_first(group, lambda: None if files is None else read_manifest_text(files))
     if files is None:
-        assert fault is not None
-        raise fault
+        raise held.pop()  # it has no name here: see `errors.py`
     return _Opened(files, open_manifest(files, text))
 
 
@@ -359,13 +358,9 @@ def _from_first(group: ProcessGroup | None, make: Callable[[], T]) -> T:
         except Exception as error:  # the others wait for a word
             held = [CheckpointError(f"{type(error).__name__}: {error}")]
     dist.broadcast_object_list(held, dist.get_global_rank(group, 0), group)
-    found = held.pop()
-    if not isinstance(found, CheckpointError):
-        return found
-    try:
-        raise found
-    finally:
-        del found  # or it and this frame would hold each other
+    if isinstance(held[0], CheckpointError):
+        raise held.pop()  # it has no name here: see `errors.py`
+    return held[0]
 
 
 @dataclass

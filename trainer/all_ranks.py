@@ -33,15 +33,15 @@ def raise_on_all_ranks(mesh: Mesh, action: Callable[[], T]) -> T:
 
     Raises the action's own exception where it failed, and PeerFailed on the other ranks.
     """
-    fault: Exception | None = None
+    held: list[Exception] = []  # under a name it and this frame would hold each other, and the caller's tensors
     result: T | None = None
     try:
         result = action()
     except Exception as error:
-        fault = error
-    if mesh.any(fault is not None):
-        config_error = mesh.any(isinstance(fault, ConfigError))
-        raise fault if fault is not None else PeerFailed(config_error)
+        held.append(error)
+    if mesh.any(bool(held)):
+        config_error = mesh.any(any(isinstance(error, ConfigError) for error in held))
+        raise held.pop() if held else PeerFailed(config_error)
     return result  # type: ignore[return-value]
 
 

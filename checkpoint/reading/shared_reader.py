@@ -35,7 +35,7 @@ class SharedReader(Reader):
     def __init__(self, files: Files, manifest: Manifest, group: dist.ProcessGroup) -> None:
         super().__init__(files, manifest)
         self.group = group
-        self._fault: CheckpointError | None = None
+        self._faults: list[CheckpointError] = []  # none or one
 
     def items(self, wanted: Sequence[tuple[StoredArray, Box]], targets: Sequence[Raw] = ()) -> list[list[ReadItem]]:
         """See Reader. A rank that can't use an index needs nothing more, and raises once it has served the others."""
@@ -78,15 +78,11 @@ class SharedReader(Reader):
                 while at < len(items) and items[at].file == number and items[at].stop <= stop:
                     item = items[at]
                     self.traffic.wanted += item.bytes
-                    if self._fault is None:
+                    if not self._faults:
                         yield item, buffer, start - BATCH_BYTES
                     at += 1
-        if self._fault is not None:
-            fault, self._fault = self._fault, None
-            try:
-                raise fault
-            finally:
-                del fault  # or it and this frame would hold each other, and all that was read, until garbage is collected
+        if self._faults:
+            raise self._faults.pop()  # it has no name here: see `errors.py`
 
     def _needs(self, items: list[ReadItem]) -> dict[int, bytes]:
         """For each file, which leaves this rank needs, packed. items: in the order of their files."""
@@ -113,7 +109,7 @@ class SharedReader(Reader):
         wanted = np.stack([n[low:high] if n is not None else np.zeros(high - low, bool) for n in needs])
         readers = deal(wanted)
         own = readers == me
-        if own.any() and self._fault is None:  # after a fault all that it sends is marked
+        if own.any() and not self._faults:  # after a fault all that it sends is marked
             try:
                 self._read_own(number, start, stop, own, window)
             except CheckpointError as error:
@@ -125,7 +121,7 @@ class SharedReader(Reader):
                 continue
             give, take = own & wanted[other], (readers == other) & wanted[me]
             if give.any():
-                message = torch.from_numpy(np.append(rows[give], np.uint8(self._fault is not None)))
+                message = torch.from_numpy(np.append(rows[give], np.uint8(len(self._faults))))
                 works.append(self.group.send([message], other, 0))
             if take.any():
                 message = torch.empty(int(take.sum()) * leaf + 1, dtype=torch.uint8)
@@ -149,7 +145,7 @@ class SharedReader(Reader):
             pass
 
     def _note(self, fault: CheckpointError) -> None:
-        self._fault = self._fault or fault
+        self._faults = self._faults or [fault]
 
 
 def unpacked(needs: bytes, count: int) -> Leaves:

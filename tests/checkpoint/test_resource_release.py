@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from meshloom.checkpoint import faults
+from meshloom.checkpoint import faults, restore
+from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError
 from meshloom.checkpoint.folder import KEEPERS
 from meshloom.checkpoint.manifest import Manifest
@@ -67,6 +69,24 @@ def test_failed_saves_leave_no_memory_to_the_garbage_collection(
             run.finish()
         faults.install(None)
         assert staging_buffers_mapped(os.getpid()) == before
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_a_restore_from_keepers_that_have_gone_leaves_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def have_gone(*_: object) -> None:
+        raise CheckpointError("its keepers have gone")
+
+    save_steps(tmp_path, 1)
+    monkeypatch.setattr(restore, "find_recovery", lambda folder: SimpleNamespace(encode=lambda: "{}"))
+    monkeypatch.setattr(restore, "manifest_of", lambda version: SimpleNamespace(run=None, commit=9, step=9))
+    monkeypatch.setattr(restore, "open_recovery", have_gone)
+    target = fragments(make_arrays(), 1, 0, blank=True)[0]
+    held = weakref.ref(target[0].tensor)
+    with contextlib.suppress(CheckpointError):
+        restore.restore(tmp_path, target, Control.alone())
+        raise AssertionError
+    del target
+    assert held() is None
 
 
 def test_an_arena_that_is_closed_is_gone_whoever_still_knows_it() -> None:

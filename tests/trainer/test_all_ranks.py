@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from meshloom.config.problems import ConfigError, Problem
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
-from meshloom.trainer.all_ranks import PeerFailed, from_main
+from meshloom.trainer.all_ranks import PeerFailed, from_main, raise_on_all_ranks
 from support.ranks import run_ranks
 
 
@@ -50,3 +53,18 @@ def body(rank: int, world_size: int) -> list[str]:
 def test_every_rank_gets_what_rank_0_has_or_raises() -> None:
     same = ["a result", "FileNotFoundError", "TypeError", "TypeError"]
     assert run_ranks(2, body, timeout=30) == [[*same, "ConfigError"], [*same, "PeerFailed, config_error=True"]]
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_an_action_that_fails_leaves_no_memory_to_the_garbage_collection() -> None:
+    tensor = torch.zeros(3)
+    held = weakref.ref(tensor)
+
+    def run(values: torch.Tensor) -> None:
+        mesh: Any = SimpleNamespace(any=bool)  # of one rank
+        raise_on_all_ranks(mesh, lambda: values.view(2))
+
+    with pytest.raises(RuntimeError, match="invalid for input of size 3"):
+        run(tensor)
+    del tensor
+    assert held() is None

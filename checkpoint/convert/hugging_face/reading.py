@@ -64,7 +64,7 @@ def fill(
     """
     reader = Reader(folder.files, folder.stored) if group is None else SharedReader(folder.files, folder.stored, group)
     jobs = sorted((job for each in wanted for job in _jobs(folder, *each)), key=lambda job: job.position)
-    fault: CheckpointError | None = None
+    held: list[CheckpointError] = []
     for number in range(len(folder.stored.files)):
         mine = [job for job in jobs if job.position[0] == number]
         # With a group all ranks must read together, file by file; alone, what is decoded is read one by one.
@@ -72,16 +72,13 @@ def fill(
         rounds = [mine] if group is not None else [[job for job in mine if job.is_direct], *([job] for job in decoded)]
         for some in rounds:
             try:
-                _read_round(reader, some if fault is None else [])
+                _read_round(reader, some if not held else [])
             except CheckpointError as error:  # damaged, or not to be read now
                 if group is None:
                     raise
-                fault = error
-    if fault is not None:
-        try:
-            raise fault
-        finally:
-            del fault  # or it and this frame would hold each other, and all tensors, until garbage is collected
+                held.append(error)
+    if held:
+        raise held.pop()  # it has no name here: see `errors.py`
     return reader.traffic
 
 
