@@ -12,7 +12,6 @@ import pytest
 
 from support import crash, crash_memory
 from support.crash import Fault
-from support.forked_writer import fork_writers
 
 ROOM = 64 * 2**20  # several times what the runs of one test leave behind
 
@@ -24,12 +23,6 @@ def tmp_path() -> Iterator[Path]:
     room = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= ROOM
     with tempfile.TemporaryDirectory(dir=memory if room else None) as folder:
         yield Path(folder)
-
-
-@pytest.fixture(autouse=True)
-def forked_writers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two interpreters that start are most of a run. `benchmarks/checkpoint_crash.py` starts them as a trainer does."""
-    fork_writers(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ BOUNDARIES = ["vote.before", "decision.before", "snapshot.before", "snapshot.aft
 NAMED = ["commit.rename.after", "latest.rename.before"]  # the step has its name already
 TIDYING = "prune.rename.before"
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.started_writers, pytest.mark.usefixtures("nothing_left")]
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,8 @@ from support.checkpoint_runs import open_run, restored_step
 from support.checkpoint_worlds import fragments, make_arrays
 from support.mapped_memory import staging_buffers_mapped
 
+pytestmark = pytest.mark.started_writers
+
 
 def resident(process: int) -> int:
     found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process}/status").read_text())

@@ -35,7 +35,7 @@ from support.checkpoint_runs import open_run, restored_step, save_steps
 from support.checkpoint_worlds import fragments, make_arrays
 from support.mapped_memory import staging_buffers_mapped
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.started_writers, pytest.mark.usefixtures("nothing_left")]
 
 
 @pytest.mark.usefixtures("no_collection")
