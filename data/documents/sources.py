@@ -23,7 +23,7 @@ import xxhash
 from ...config.cache import expand_user
 from ...config.problems import Problem
 from ...config.words import counted
-from ..byte_progress import byte_progress, gigabytes
+from ..byte_progress import CountBytes, byte_progress, gigabytes
 from ..shards.manifest import digest_file
 from ..version import NEWEST
 from . import formats
@@ -31,6 +31,7 @@ from . import formats
 log = logging.getLogger(__name__)
 
 STDLIB_PARTS = ("source", "docs")
+LARGE = 1 << 26  # bytes of a file whose digest is kept by itself
 CHECKED = 32  # files whose first bytes are looked at before a run begins
 _DIGITS = 32  # of a digest
 AGAIN = "copy the file again, or leave it out"
@@ -256,6 +257,7 @@ def _is_file(path: Path) -> bool:
 def identity_of(files: Sequence[Path], settings: str, memo: Path) -> str:
     """Digest files' contents and settings. Files are read again only when a path, size or time of change differs.
 
+    Digests of large files are kept one by one: another file among them, other settings or an interruption leave them known.
     Raises OSError naming a file that can't be read.
     """
     stats = [(str(path.resolve()), path.stat()) for path in files]
@@ -264,10 +266,25 @@ def identity_of(files: Sequence[Path], settings: str, memo: Path) -> str:
     def digest() -> str:
         size = sum(stat.st_size for _, stat in stats)
         with byte_progress(f"hashing {gigabytes(size)} in {counted(len(stats), 'file')}", size) as count:
-            contents = [settings, *(digest_file(Path(path), count) for path, _ in stats)]
+            contents = [settings, *(_file_digest(Path(path), stat, memo, count) for path, stat in stats)]
         return xxhash.xxh3_128_hexdigest(json.dumps(contents).encode())
 
     return _cached_digest(memo / xxhash.xxh3_128_hexdigest(seen.encode()), digest)
+
+
+def _file_digest(path: Path, stat: os.stat_result, memo: Path, count: CountBytes) -> str:
+    """Digest a file's contents, or find the digest of a large one in `memo`."""
+    if stat.st_size < LARGE:
+        return digest_file(path, count)
+    seen = json.dumps([str(path), stat.st_size, stat.st_mtime_ns])
+    place = memo / "files" / xxhash.xxh3_128_hexdigest(seen.encode())
+    value = _kept_digest(place)
+    if value:
+        count(stat.st_size)
+    else:
+        value = digest_file(path, count)
+        _keep_digest(place, value)
+    return value
 
 
 def _cached_digest(path: Path, compute: Callable[[], str]) -> str:
@@ -290,14 +307,19 @@ def _cached_digest(path: Path, compute: Callable[[], str]) -> str:
         if kept := _kept_digest(path):
             return kept
         value = compute()
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        temporary.write_text(value)
-        temporary.replace(path)
+        _keep_digest(path, value)
         return value
     finally:
         if path.exists():  # who waits for the lock, or creates it again, finds the digest
             Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+def _keep_digest(path: Path, value: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary.write_text(value)
+    temporary.replace(path)
 
 
 def _kept_digest(path: Path) -> str:

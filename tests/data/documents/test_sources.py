@@ -20,6 +20,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from meshloom.data.documents import sources
 from meshloom.data.documents.chat import ChatTemplate
 from meshloom.data.documents.record_text import RecordText
 from meshloom.data.documents.records import HuggingFace, JsonLines, ParquetFiles
@@ -488,6 +489,26 @@ def test_identity_reads_unchanged_files_once(tmp_path: Path, monkeypatch: pytest
     identity = JsonLines(str(tmp_path)).identity(tmp_path / ".memo")
     monkeypatch.setattr("meshloom.data.documents.sources.digest_file", None)
     assert JsonLines(str(tmp_path)).identity(tmp_path / ".memo") == identity
+
+
+def test_a_large_file_is_hashed_once_whatever_comes_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "LARGE", 10)
+    digest_file, read = sources.digest_file, list[str]()
+    monkeypatch.setattr(sources, "digest_file", lambda path, count: (read.append(path.name), digest_file(path, count))[1])
+    memo, text = tmp_path / "memo", tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text("long enough")
+    (text / "b.txt").write_text("short")
+    before = TextFiles(str(text)).identity(memo)
+    assert TextFiles(str(text), separator=".").identity(memo) != before and read == ["a.txt", "b.txt", "b.txt"]
+    (text / "c.txt").write_text("another long one")
+    TextFiles(str(text)).identity(memo)
+    assert read[3:] == ["b.txt", "c.txt"]
+    (text / "a.txt").write_text("LONG ENOUGH")
+    (text / "c.txt").unlink()
+    assert TextFiles(str(text)).identity(memo) != before and read[5:] == ["a.txt", "b.txt"]
+    (text / "a.txt").write_text("long enough")
+    assert TextFiles(str(text)).identity(tmp_path / "fresh") == before, "as without what was kept"
 
 
 def test_an_identity_that_a_crash_cut_short_is_found_anew(tmp_path: Path):
