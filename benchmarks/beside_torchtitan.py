@@ -6,17 +6,20 @@
     python benchmarks/beside_torchtitan.py model=moe_a batch=4 newer=folder balance=forced
     python benchmarks/beside_torchtitan.py model=qwen3_1.7b newer=folder
     python benchmarks/beside_torchtitan.py model=gemma3_1b batch=2 systems=titan,full,ours
+    python benchmarks/beside_torchtitan.py model=1B gpus=2 shared=2 ours="parallel.tp=2" theirs="…"
 
 Each is run as its users run it: `meshloom train` with the model's recipe, torchtitan's trainer, logging every step or fourth.
 `ours` are more overrides, `theirs` more arguments of torchtitan; both take `batch` sequences of 8,192 random tokens per GPU
-and step, with one setting of PyTorch's allocator (torchtitan's own start script has this one). The first run of each system
+and step (where `shared` GPUs share a sequence or a model, by tensor, context or pipeline parallelism: per so many of them),
+with one setting of PyTorch's allocator (torchtitan's own start script has this one). The first run of each system
 starts with an empty compile cache, which the later ones find filled. Prints a row per run as JSON (rate; GiB that tensors
 take and that the allocator holds, at most; seconds from the start of the command to the first loss, ours once the second step
 is under way, when we read it; the median clock and power of the busiest GPU) and the table's row at the end. With `newer`, a
 folder that holds torchtitan 0.3.0, that is run as well (`torchtitan_newer.py`). moe_a and moe_b are the mixtures of
 docs/measurements/mixture_speed.md: tokens choose their experts, or with `balance=forced` every expert gets as many. `systems`
 names what is run, in this order: titan, newer, ours; full is ours without the model's sliding windows. A system that fails is
-said, and left out. `altered` names what altered_train.py changes in ours. With `cache`, a folder, a later call finds what this
+said, and left out. `ep` is the number of ranks over which both deal a mixture's experts, compile=0 leaves the
+compiler to neither. `altered` names what altered_train.py changes in ours. With `cache`, a folder, a later call finds what this
 one has compiled. With `profile=1` our last run takes two steps more, which are not timed, and leaves a table of the last one's
 kernels in `logs`.
 
@@ -64,6 +67,9 @@ class Settings:
     model: str = "1B"
     batch: int = 4
     gpus: int = 1
+    shared: int = 1
+    ep: int = 1
+    compile: int = 1
     rounds: int = 3
     steps: int = 24
     ours: str = ""
@@ -103,10 +109,14 @@ class Watch:
         command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "-lms", "250"]
         if "CUDA_VISIBLE_DEVICES" in os.environ:
             command += ["-i", os.environ["CUDA_VISIBLE_DEVICES"]]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self._process = None
+        if shutil.which(command[0]):
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def stop(self) -> tuple[float | None, float | None]:
-        """Median clock (MHz) and power (W) of busy moments; None where nvidia-smi has nothing to say."""
+        """Median clock (MHz) and power (W) of busy moments; None where nvidia-smi has nothing to say, or is not there."""
+        if self._process is None:
+            return None, None
         self._process.terminate()
         text, _ = self._process.communicate()
         busy: list[tuple[float, float]] = []
@@ -130,6 +140,9 @@ MIXTURES = {
 
 DENSE = ("qwen3_1.7b", "gemma3_1b")
 """Recipes of models that torchtitan has as a Qwen3 (the second: its dims), with an untied head."""
+
+LARGE = {"qwen3_30b_a3b": "30B-A3B"}
+"""Recipe of a larger mixture → torchtitan's name of it."""
 
 FULL = ["model.layer_types=[full]", "model.sliding_window=null", "model.rope_theta_sliding=null"]
 
@@ -206,6 +219,8 @@ def our_recipe(settings: Settings) -> list[str]:
     if settings.model in MIXTURES:
         mixture = MIXTURES[settings.model]
         return ["recipe=moe_a1b", *mixture, "model.qk_norm=head", "model.norm_eps=1e-6", "model.rope_theta=1e6"]
+    if settings.model in LARGE:
+        return ["recipe=moe_a1b", f"model={settings.model}"]
     if settings.model in DENSE:
         return ["recipe=llama_1b", f"model={settings.model}", "model.tied=false"]
     return [f"recipe=llama_{settings.model.lower()}"]
@@ -218,7 +233,8 @@ def our_command(settings: Settings, output: Path, more: Sequence[str], *, profil
     """
     steps = settings.steps + WARM_UP + 2 * profiled
     work = [*our_recipe(settings), "data=synthetic", "data.seq_len=8192", f"launch.nproc={settings.gpus}"]
-    batch = [f"batch.samples={settings.batch * settings.gpus}", f"batch.micro={settings.batch}"]
+    batch = [f"batch.samples={settings.batch * settings.gpus // settings.shared}", f"batch.micro={settings.batch}"]
+    batch += [f"parallel.ep={settings.ep}"] * (settings.ep > 1) + ["trainer.compile=false"] * (not settings.compile)
     length = ["trainer.tokens=null", f"trainer.steps={steps}", "schedule.warmup=2"]
     without = ["trainer.eval_every=0", "checkpoint.every=0", "logging.progress=false", f"output_dir={output}"]
     profile = [f"trainer.profile_step={steps}"] if profiled else []
@@ -233,11 +249,13 @@ def their_command(settings: Settings) -> list[str]:
     """Of torchtitan, as many timed steps as ours."""
     launcher = ["torchrun", "--standalone", "--nproc-per-node", str(settings.gpus)]
     steps = ["--training.steps", str(settings.steps + WARM_UP), "--metrics.log_freq", "4"]
-    shape = ["--model.flavor", settings.model, "--training.local_batch_size", str(settings.batch)]
-    fixed = ["--training.seq_len", "8192", "--compile.enable"]
-    if settings.model in (*MIXTURES, *DENSE):
+    flavor = LARGE.get(settings.model, settings.model)
+    shape = ["--model.flavor", flavor, "--training.local_batch_size", str(settings.batch)]
+    fixed = ["--training.seq_len", "8192", *["--compile.enable"] * settings.compile]
+    fixed += ["--parallelism.expert_parallel_degree", str(settings.ep)] * (settings.ep > 1)
+    if settings.model in (*MIXTURES, *LARGE, *DENSE):
         shape += ["--model.name", "qwen3"]
-    if settings.model in MIXTURES:
+    if settings.model in (*MIXTURES, *LARGE):
         fixed += ["--debug.moe_force_load_balance"] if settings.balance == "forced" else []
     return [*launcher, str(HERE / "torchtitan_synthetic.py"), *steps, *shape, *fixed, *shlex.split(settings.theirs)]
 
@@ -245,7 +263,7 @@ def their_command(settings: Settings) -> list[str]:
 def newer_command(settings: Settings) -> list[str]:
     """Of torchtitan 0.3.0, as many timed steps as ours."""
     launcher = ["torchrun", "--standalone", "--nproc-per-node", str(settings.gpus), str(HERE / "torchtitan_newer.py")]
-    work = {"model": settings.model, "batch": settings.batch, "balance": settings.balance}
+    work = {"model": settings.model, "batch": settings.batch, "balance": settings.balance, "ep": settings.ep}
     return [*launcher, *(f"{key}={value}" for key, value in work.items()), f"steps={settings.steps + WARM_UP}"]
 
 
@@ -282,7 +300,7 @@ def row(settings: Settings, results: Sequence[Measured]) -> str:
             memory = f"{own.allocated / whole.allocated:.3f} × tensors, {own.reserved / whole.reserved:.3f} × held"
             start = f"{own.first_step / whole.first_step:.2f} × first loss"
             cells.append(f"ours: {own.rate / whole.rate:.3f} × rate, {memory}, {start}")
-    balance = f", {settings.balance}" if settings.model in MIXTURES else ""
+    balance = f", {settings.balance}" if settings.model in (*MIXTURES, *LARGE) else ""
     work = f"{settings.model}, {settings.gpus} GPU, {settings.batch} × 8,192{balance}"
     return f"| {work} | {' | '.join(cells)} |"
 

@@ -8,19 +8,18 @@ Each part is a process of its own, with a time limit; what follows goes on where
 part=rows    tokens/s and memory on rows of `rows` tokens, `tokens` tokens a step (`torchtitan_packed.py` takes the same)
 part=hybrid  the documents of rows of `rows` tokens in rows of `capacity`, by the rule of parallel.hdp=greedy
 part=cost    seconds of rows of given documents; a cost model is fitted to some, and predicts the others
-part=ranks   rows of `rows` tokens on two GPUs: whole on each, cut by context parallelism, and by hybrid data parallelism
+part=ranks   rows of `rows` tokens on several GPUs: whole on each, cut by context parallelism over all of them (context) or over
+             so many (context2), and by hybrid data parallelism
 """
 
 # pyright: basic, reportMissingImports=false
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ import numpy as np
 import torch
 from arguments import read
 from packed_rows import PackedSamples, draw_rows, micro_batch
+from processes import GRACE, end
 from throughput import MODELS, Clock
 from throughput import Settings as Training
 from throughput import build as build_engine
@@ -48,7 +48,6 @@ from meshloom.parallel.hybrid.share import HybridAssigner
 from meshloom.parallel.mesh import Mesh, environment_world_size
 
 HERE = Path(__file__).parent
-GRACE = 10  # seconds in which a part that is stopped may end by itself
 
 
 @dataclass
@@ -142,9 +141,16 @@ def timed(settings: Settings, engine: Engine, shares: Sequence[Share], tokens: f
         "most": round(max(seconds), 4),
         "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if cuda else None,
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 1) if cuda else None,
+        "other_gib": round(other_memory() / 2**30, 1) if cuda else None,
         "first_step_seconds": round(first, 1),
         "first_losses": losses,
     }
+
+
+def other_memory() -> int:
+    """Return the bytes of this GPU that are in use and that PyTorch's allocator does not hold: CUDA's own, and NCCL's."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
 
 
 def recompile() -> None:
@@ -320,7 +326,7 @@ def measure_ranks(settings: Settings) -> None:
         "whole": {},
     }
     for way in settings.ways.split(","):
-        parallel = ways[way]
+        parallel = ways[way] if way in ways else {"cp": int(way.removeprefix("context"))}
         settings.activation = "selective" if way == "whole" else "none"  # whole rows do not fit without
         engine, mesh = build(settings, length, **parallel)
         config = ParallelConfig(zero=1, **parallel)
@@ -340,32 +346,6 @@ def measure_ranks(settings: Settings) -> None:
         recompile()  # what was compiled holds the engine
 
 
-def descendants(pid: int) -> list[int]:
-    """List the processes that a process has started, and those that these have."""
-    parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            parents.setdefault(parent, []).append(int(stat.parent.name))
-    found = [pid]
-    for each in found:
-        found += parents.get(each, [])
-    return found[1:]
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process with all that it started: torchrun's workers are in sessions of their own, and may outlive it."""
-    left = descendants(process.pid)
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE)
-    process.kill()
-    for pid in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
 def run_parts(settings: Settings) -> None:
     """Run every part in a process of its own."""
     python, here, out = sys.executable, str(HERE / "packed_documents.py"), f"out={settings.out}"
@@ -374,7 +354,7 @@ def run_parts(settings: Settings) -> None:
     long = ["rows=131072", "tokens=131072", "steps=2", "warmup=1"]
     if settings.gpus > 1:
         start = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={settings.gpus}", here, out]
-        work = ["part=ranks", "rows=131072", "tokens=262144", "capacity=65536", "steps=2", "warmup=1"]
+        work = ["part=ranks", "rows=131072", f"tokens={131_072 * settings.gpus}", "capacity=65536", "steps=2", "warmup=1"]
         own = [f"vocabulary={settings.vocabulary}", f"model={settings.model}", f"lengths={settings.lengths}"]
         ways = settings.ways.split(",")  # each in processes of its own: one that hangs leaves time for the next
         parts = [(settings.total // len(ways), [*start, *work, *own, f"ways={way}"]) for way in ways]

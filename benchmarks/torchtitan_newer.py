@@ -5,8 +5,8 @@
 FOLDER holds torchtitan==0.3.0 and what it needs beside 0.2.2's: spmd_types==0.2.3, torch_checkpointing.
 
 0.3.0 is written for a newer PyTorch. The names that it imports and torch 2.11 lacks are put in here; on one rank none of them
-does anything. Attention is PyTorch's, by cuDNN: its own choice on Hopper, FlashAttention 3, has no wheel. The loss is its plain
-one, because its chunked one fails on torch 2.11.
+does anything, and on several this has not been tried. Attention is PyTorch's, by cuDNN: its own choice on Hopper,
+FlashAttention 3, has no wheel. The loss is its plain one, because its chunked one fails on torch 2.11.
 """
 
 # pyright: reportMissingImports=false, reportUnknownLambdaType=false, reportUntypedBaseClass=false
@@ -37,12 +37,16 @@ DENSE = {"qwen3_1.7b": QWEN3, "gemma3_1b": GEMMA3}
 
 @dataclasses.dataclass
 class Settings:
-    """One run. model: 1B, a mixture, moe_a or moe_b, or a dense Qwen3 (`DENSE`). balance: of a mixture, routed or forced."""
+    """One run. model: 1B, a mixture, moe_a or moe_b, or a dense Qwen3 (`DENSE`).
+
+    balance: of a mixture, routed or forced; ep: ranks over which its experts are dealt
+    """
 
     model: str = "moe_a"
     batch: int = 4
     steps: int = 28
     balance: str = "routed"
+    ep: int = 1
 
 
 @dataclasses.dataclass
@@ -234,7 +238,7 @@ def main() -> None:
         loss=CrossEntropyLoss.Config(global_vocab_size=vocabulary),
         checkpoint=CheckpointManager.Config(enable=False),
         compile=CompileConfig(enable=True),
-        parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
+        parallelism=ParallelismConfig(spmd_backend="partial_dtensor", expert_parallel_degree=settings.ep),
         debug=DebugConfig(moe_force_load_balance=settings.balance == "forced"),
         activation_checkpoint=None,
         dump_folder=tempfile.mkdtemp(),
