@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import TypeAlias
 
-from ..config.per_host import is_first_on_host
 from ..config.progress_bar import progress
 
 CountBytes: TypeAlias = Callable[[int], None]
@@ -15,13 +14,10 @@ CountBytes: TypeAlias = Callable[[int], None]
 
 
 @contextmanager
-def byte_progress(title: str, total: int, *, announce: bool = False) -> Generator[CountBytes]:
-    """Show on a host's first rank how far the block is, which tells what is yielded. total: bytes of all
-
-    announce: as in `progress`
-    """
+def byte_progress(title: str, total: int, *, quiet: bool = False, announce: bool = False) -> Generator[CountBytes]:
+    """Show how far the block is, which tells what is yielded. total: bytes of all; quiet, announce: as in `progress`"""
     done, lock = 0, Lock()
-    with progress(title, quiet=not is_first_on_host(), announce=announce) as advance:
+    with progress(title, quiet=quiet, announce=announce) as advance:
 
         def count(size: int) -> None:
             nonlocal done

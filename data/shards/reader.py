@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config.lazy import numpy as np
+from ...config.per_host import is_first_on_host
 from ..byte_progress import byte_progress, gigabytes
 from .manifest import DOCUMENT_TYPE, TOKENIZER, FileEntry, ShardError, ShardManifest, digest_file
 
@@ -28,7 +29,8 @@ def _check_size(folder: Path, entry: FileEntry) -> None:
 
 def _check_contents(folder: Path, entries: Sequence[FileEntry]) -> None:
     size = sum(entry.bytes for entry in entries)
-    with byte_progress(f"verifying {gigabytes(size)} in {folder}", size) as count:
+    # Ranks that don't wait for a host's first one all read at once.
+    with byte_progress(f"verifying {gigabytes(size)} in {folder}", size, quiet=not is_first_on_host()) as count:
         for entry in entries:
             path = folder / entry.name
             if digest_file(path, count) != entry.xxh3:
