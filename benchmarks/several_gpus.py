@@ -99,7 +99,10 @@ def lines_of(place: Place) -> dict[str, dict[str, Any]]:
 
 
 def run_row(row: Row, place: Place, seconds: float) -> dict[str, Any]:
-    """Run a row's commands, one after another, and read their figures; the first that fails ends it. Return its line."""
+    """Run a row's commands one after another, and read their figures; the first that fails ends it. Return its line.
+
+    A row whose first goal has no number has failed, too.
+    """
     folder = place.folder(row.name)
     shutil.rmtree(folder, ignore_errors=True)  # a run there would be resumed
     folder.mkdir(parents=True)
@@ -115,6 +118,8 @@ def run_row(row: Row, place: Place, seconds: float) -> dict[str, Any]:
         if code != 0:
             ended = f"stopped in {log.name}" if code is None else f"failed with {code} in {log.name}"
             break
+    if ended == "done" and row.goals and row.goals[0].number not in numbers:  # beside_torchtitan.py goes on where ours fails
+        ended = f"without '{row.goals[0].number}' in its logs"
     made = {"commit": commit(), "torch": version("torch"), "time": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())}
     place_of = {"row": row.name, "gpus": place.gpus, "tiny": place.tiny}
     return {**place_of, "ended": ended, "seconds": round(time.monotonic() - began, 1), "numbers": numbers, **made}

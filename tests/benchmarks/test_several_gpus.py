@@ -137,6 +137,7 @@ def test_a_call_goes_on_where_the_last_ended(
         rows.Row("first", "?", 1, python(print_both), goals),
         rows.Row("long", "?", 0.2, python("import time; time.sleep(60)"), goals),
         rows.Row("later", "?", 500, python(print_both), goals),
+        rows.Row("silent", "?", 1, python("print('ours failed')"), goals),
         rows.Row("wrong", "?", 1, python("raise SystemExit(3)", *python(print_both))),
     ]
     monkeypatch.setattr(runner, "all_rows", lambda _: table)
@@ -146,6 +147,7 @@ def test_a_call_goes_on_where_the_last_ended(
     assert [(line["row"], line["ended"]) for line in lines] == [
         ("first", "done"),
         ("long", "stopped in 0.log"),
+        ("silent", "without 'meshloom' in its logs"),
         ("wrong", "failed with 3 in 1.log"),
     ]
     assert lines[0]["numbers"] == {
@@ -155,9 +157,9 @@ def test_a_call_goes_on_where_the_last_ended(
     assert "later is left for the next call" in printed and "| **later** | ? | not run | |" in printed
     assert "| | over theirs | 1.15 | ≥ 1.2: **missed** |" in printed and "| | over the first's | 1 |  |" in printed
     assert call(monkeypatch, output, "seconds=1000") == 0
-    assert (tmp_path / "rows.jsonl").read_text().count("\n") == 4
-    assert call(monkeypatch, output, "only=wrong") == 1
     assert (tmp_path / "rows.jsonl").read_text().count("\n") == 5
+    assert call(monkeypatch, output, "only=wrong") == 1
+    assert (tmp_path / "rows.jsonl").read_text().count("\n") == 6
     with pytest.raises(SystemExit, match="no row typo"):
         call(monkeypatch, output, "only=typo")
 
