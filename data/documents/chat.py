@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ...config.cache import expand_user
-from ...config.problems import Problem
+from ...config.problems import ConfigError, Problem
 from .formats import import_extra, missing_extra
 from .marked import MarkedText
 
@@ -36,17 +36,20 @@ class ChatTemplate:
 
     @classmethod
     def find(cls, template: str | None, tokenizer: str) -> ChatTemplate:
-        """Read a template from a file; None: the one beside the tokenizer, which is a file or a folder."""
+        """Read a template from a file; None: the one beside the tokenizer, which is a file or a folder.
+
+        Raises ConfigError for settings of the tokenizer that can't be read.
+        """
         folder = _folder_of(tokenizer)
         settings = {} if folder is None else _settings(folder / SETTINGS)
         names = {key: _content(value) for key, value in settings.items() if key.endswith("_token") and value}
         if template is not None:
             path = expand_user(template)
-            return cls(path.read_text() if path.is_file() else "", names)
+            return cls(path.read_text("utf-8") if path.is_file() else "", names)
         if folder is None:
             return cls("", names, needed=tokenizer in MADE)
         if (folder / TEMPLATE).is_file():
-            return cls((folder / TEMPLATE).read_text(), names)
+            return cls((folder / TEMPLATE).read_text("utf-8"), names)
         return cls(_default(settings.get("chat_template")), names)
 
     def problems(self, key: str) -> list[Problem]:
@@ -97,10 +100,20 @@ def _folder_of(tokenizer: str) -> Path | None:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    try:
-        return cast(dict[str, Any], json.loads(path.read_text()))
-    except (OSError, ValueError):
+    """Return the settings beside a tokenizer, {} if there are none. Raises ConfigError for those that can't be read.
+
+    Without them a text would begin with another token, and nobody would know.
+    """
+    if not path.is_file():
         return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as problem:
+        fix = "copy the file again, or remove it if the tokenizer needs no settings"
+        raise ConfigError([Problem("data.tokenizer", f"'{path}' can't be read: {problem}", fix)]) from problem
+    return cast(dict[str, Any], found)
 
 
 def _content(value: Any) -> str:

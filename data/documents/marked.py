@@ -36,7 +36,10 @@ def learned_tokens(text: MarkedText, offsets: Sequence[tuple[int, int]]) -> NDAr
     """
     stops = np.array([stop for _, stop in offsets], np.int64)
     found = np.zeros(len(offsets) + 1, np.bool_)
-    for start, stop in text.learned:
-        found[:-1] |= (start < stops) & (stops <= stop)
+    if text.learned:
+        starts, ends = np.array(text.learned, np.int64).T
+        span = np.searchsorted(ends, stops)  # the first that does not end before the token
+        inside = span < len(ends)
+        found[:-1][inside] = starts[span[inside]] < stops[inside]
     found[-1] = bool(text.learned) and text.learned[-1][1] == len(text)
     return found

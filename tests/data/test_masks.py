@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from meshloom.config.problems import ConfigError
 from meshloom.data.batch import IGNORED
 from meshloom.data.build import build_node
 from meshloom.data.config import JsonlConfig
 from meshloom.data.documents.chat import ChatTemplate
-from meshloom.data.documents.marked import MarkedText
+from meshloom.data.documents.marked import MarkedText, learned_tokens
 from meshloom.data.node import DataNode
 from meshloom.data.tokenizing.tokenizer import Tokenizer
 from meshloom.data.validation_sets import ValidationSets
@@ -158,6 +160,27 @@ def test_the_current_folder_is_beside_no_made_tokenizer(tmp_path: Path, monkeypa
     assert problem.key == "data.messages" and "has no chat template" in problem.message
     assert build_node(JsonlConfig(**keys, chat_template="chat_template.jinja"), 1, None).problems() == []
     assert ChatTemplate.find("chat_template.jinja", made) == ChatTemplate(TEMPLATE, {}), "no name of a stray tokenizer"
+
+
+@pytest.mark.parametrize("text", ['{"bos_token": "<s', '["<s>"]'])
+def test_settings_of_a_tokenizer_that_cannot_be_read_are_no_missing_ones(tmp_path: Path, text: str) -> None:
+    """Texts would begin without the model's first token."""
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: '.*tokenizer_config\.json' can't be read"):
+        ChatTemplate.find(None, str(tmp_path))
+
+
+def test_tokens_that_end_inside_a_span_are_learned() -> None:
+    """Drawn spans in order, some that touch, beside what the words say."""
+    draw = random.Random(3)
+    for _ in range(200):
+        cuts = sorted(draw.sample(range(60), 2 * draw.randrange(5)))
+        spans = list(zip(cuts[::2], cuts[1::2], strict=True))
+        ends = sorted(draw.choices(range(61), k=20))
+        offsets = list(zip([0, *ends[:-1]], ends, strict=True))
+        expected = [any(start < end <= stop for start, stop in spans) for end in ends]
+        learned = learned_tokens(MarkedText("x" * 60, spans), offsets)
+        assert learned.tolist() == [*expected, bool(spans) and spans[-1][1] == 60]
 
 
 def test_documents_are_encoded_together_as_alone(tokenizer: Path) -> None:
