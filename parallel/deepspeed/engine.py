@@ -26,7 +26,7 @@ from ...data.assignment import Share
 from ...data.batch import MicroBatch
 from ...kernels.attention import CausalAttention
 from ...models.init import fill
-from ...models.protocol import BlockKernels, Model
+from ...models.protocol import BlockKernels, Model, may_skip_weights
 from ...optim.optimizers.parameters import NamedParameter
 from ..activation import apply_policies
 from ..config import ParallelConfig
@@ -36,6 +36,7 @@ from ..gradient_noise import GradientNoise, Measure, Moments
 from ..heartbeat import Phase
 from ..mesh import Mesh
 from ..shards import Placed
+from ..weight_use import SameWeights
 from .config import QUANTISED, derive, lossy_features
 from .optimizer import FlatPieces, cpu_adam, require_op
 from .setup import check_quantisable, import_deepspeed, materialise, quiet, swap_folder
@@ -61,6 +62,7 @@ class DeepSpeedEngine:
         for exception in lossy_features(parallel) if mesh.is_main else ():
             log.warning("parallel.deepspeed.config.%s: losses depend on the number of processes and on resuming", exception)
         self.module: nn.Module = model
+        may_skip = may_skip_weights(model)
         self.mesh = mesh
         self.islands = None
         self._compiled = settings.compile
@@ -120,6 +122,13 @@ class DeepSpeedEngine:
             )
         self._state.sync_from_masters()
         named = dict(model.named_parameters())
+        self._same: SameWeights | None = None
+        if may_skip and parallel.zero > 0 and self._ranks > 1:
+            # ZeRO-2 and 3 send a weight's gradient as soon as it is there, ZeRO-1 all in one order.
+            units = [[name] for name in named] if parallel.zero > 1 else [list(named)]
+            self._same = SameWeights(units, [mesh.group("data")], mesh.compute_time.waiting)
+            for name, weight in named.items():
+                self._same.see(name, weight)
         # Hooks see the gradient times the number of ranks; DeepSpeed's mean divides by it later.
         self._noise = GradientNoise(mesh, {name: Placed.of(weight, mesh) for name, weight in named.items()}, self._ranks)
         for name, weight in named.items() if settings.measures else ():
@@ -144,6 +153,8 @@ class DeepSpeedEngine:
                 self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
                 self.mesh.heartbeat.beat(Phase.FORWARD, index + 1)
                 loss = self._forward(micro_batch)
+                if self._same is not None:
+                    self._same.check(loss)
                 self.mesh.heartbeat.beat(Phase.BACKWARD, index + 1)
                 self._engine.backward(loss * (self._ranks / global_tokens), scale_wrt_gas=False)
                 total += loss.detach()

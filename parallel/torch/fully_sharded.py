@@ -27,6 +27,7 @@ from ...models.protocol import Model
 from ..config import ParallelConfig
 from ..mesh import Mesh
 from ..shards import Placed, local, own_part, placements_of
+from ..weight_use import SameWeights
 from .fsdp_gather import Gather, can_set_gather_dtype, set_gather_dtype
 from .fsdp_waiting import enclose_waiting
 from .groups import ParameterGroup, gather_units, split_by_group
@@ -87,8 +88,12 @@ class FullyShardedWeights(WeightStrategy):
         parallel: ParallelConfig,
         *,
         compute: torch.dtype,
+        may_skip: bool,
     ) -> None:
-        """groups: all of the model's; compute: what weights are gathered in; fp32 and fp64 are gathered as they are."""
+        """groups: all of the model's; compute: what weights are gathered in; fp32 and fp64 are gathered as they are.
+
+        may_skip: whether ranks may use different weights, which is refused where it is seen
+        """
         super().__init__()
         self._group, self._groups = group, groups
         self._zero = mesh.layout.zero
@@ -97,6 +102,9 @@ class FullyShardedWeights(WeightStrategy):
         self._units: list[FSDPModule] = []
         axes = mesh.weight_axes[group.name]
         self._mesh, self._axes = mesh, axes
+        # Only where every micro-batch communicates do all ranks run as many.
+        self._may_skip = may_skip and axes.shared and self._zero >= 2 and not self._pipelined
+        self._same: SameWeights | None = None
         # Where shards, gradients and optimizer state live: with CPU offload, FSDP2 copies to and from it.
         self._home = torch.device("cpu") if parallel.offload == "cpu" else mesh.device
         pinned = mesh.device.type == "cuda"
@@ -168,26 +176,24 @@ class FullyShardedWeights(WeightStrategy):
                 if name in named:
                     placed = Placed.of(named[name], self._mesh, self._axes.outer)
                     self.local[name] = LocalWeight(placed, nn.Parameter(local(named[name])))
+        if self._may_skip:
+            groups = [axis.get_group() for axis in (self._axes.shards, self._axes.copies) if axis.size() > 1]
+            units = [[name for _, _, name in owners] for _, owners in self._owned()]
+            self._same = SameWeights(units, groups, self._mesh.compute_time.waiting)
+            self.watch(self._same.see)
 
     def watch(self, see: Callable[[str, nn.Parameter], None]) -> None:
         """Show the whole weights, which FSDP2 makes, when it has put them in place."""
+        for module, owners in self._owned():
+            module.register_forward_pre_hook(_showing(owners, see))
+
+    def _owned(self) -> Iterator[tuple[nn.Module, list[tuple[nn.Module, str, str]]]]:
+        """Yield the units, each with its weights as of `_owners`."""
         for stage in self._stages:
             for name, module in stage.named_modules():
                 if module in self._units:
-                    module.register_forward_pre_hook(self._showing(module, f"{name}." if name else "", see))
-
-    def _showing(
-        self, unit: nn.Module, prefix: str, see: Callable[[str, nn.Parameter], None]
-    ) -> Callable[[nn.Module, object], None]:
-        owners = [(owner, attribute, name) for owner, attribute, name in _owners(unit, prefix) if name in self.local]
-
-        def show(_module: nn.Module, _inputs: object) -> None:
-            for owner, attribute, name in owners:
-                weight = owner._parameters[attribute]
-                if weight is not None:
-                    see(name, weight)
-
-        return cast(Callable[[nn.Module, object], None], torch.compiler.disable(show))
+                    owners = _owners(module, f"{name}." if name else "")
+                    yield module, [each for each in owners if each[2] in self.local]
 
     def set_last_micro_batch(self, last: bool) -> None:
         """Tell FSDP2 which collectives the micro-batch needs."""
@@ -198,6 +204,11 @@ class FullyShardedWeights(WeightStrategy):
                 unit.set_requires_gradient_sync(last, recurse=False)
             else:
                 unit.set_requires_all_reduce(last, recurse=False)
+
+    def begin_backward(self, loss: torch.Tensor) -> None:
+        """Refuse a micro-batch in which ranks use different weights."""
+        if self._same is not None:
+            self._same.check(loss)
 
     def wait_reduce(self) -> None:
         """Pass FSDP2's gradients to the optimizer. FSDP2 has waited for them at the end of the backward pass."""
@@ -219,3 +230,15 @@ def _owners(unit: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, str, str]
     for name, child in unit.named_children():
         if not isinstance(child, FSDPModule):
             yield from _owners(child, f"{prefix}{name}.")
+
+
+def _showing(
+    owners: Sequence[tuple[nn.Module, str, str]], see: Callable[[str, nn.Parameter], None]
+) -> Callable[[nn.Module, object], None]:
+    def show(_module: nn.Module, _inputs: object) -> None:
+        for owner, attribute, name in owners:
+            weight = owner._parameters[attribute]
+            if weight is not None:
+                see(name, weight)
+
+    return cast(Callable[[nn.Module, object], None], torch.compiler.disable(show))

@@ -32,7 +32,7 @@ def make_strategies(
         transport = choose_transport(mesh, axes, parallel)
         if group.fully_sharded:
             assert settings.masters == "full", "FSDP2's masters are its weights (`limits.masters_problems`)"
-            return FullyShardedWeights(group, groups, mesh, transport, parallel, compute=settings.compute)
+            return FullyShardedWeights(group, groups, mesh, transport, parallel, compute=settings.compute, may_skip=may_skip)
         exchange_groups = make_exchange_groups(transport, mesh, group.name, parallel.gradient_exchange)
         return MasterWeights(
             group,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from meshloom.config.problems import ConfigError
 from meshloom.data.batch import IGNORED, MicroBatch
 from meshloom.models.build import build_model
 from meshloom.models.config import DecoderConfig
@@ -24,7 +25,7 @@ from meshloom.parallel.engines import make_engine
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.torch.engine import TorchEngine
-from meshloom.parallel.torch.used_weights import completion
+from meshloom.parallel.weight_use import completion
 from support.models import decoder
 from support.parity import VOCABULARY, Work, equal_share, sample, take_steps
 from support.ranks import run_ranks
@@ -210,6 +211,42 @@ def test_losses_of_the_loop_are_those_of_one_process() -> None:
     for parallel in LAYOUTS:
         for found in run_ranks(2, losses, parallel, steps, timeout=60.0):
             assert found == pytest.approx(expected, rel=1e-12)
+
+
+def refusals(rank: int, world_size: int, parallel: ParallelConfig, steps: list[Routes]) -> list[str]:
+    """By step, what is said; empty: nothing."""
+    model, found = routed(), list[str]()
+    mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
+    make = functools.partial(AdamW, AdamWConfig(lr=1e-2, weight_decay=0.1, betas=[0.9, 0.95], eps=1e-8))
+    engine = make_engine(model, mesh, make, parallel, settings_of(model, parallel, precision="fp32", seed=7))  # type: ignore[arg-type]
+    for routes in steps:
+        try:
+            engine.accumulate(equal_share(batches(routes[rank], rank), world_size), torch.tensor(30.0))
+            found.append("")
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(zero=2), ParallelConfig(zero=3)], ids=["ZeRO-2", "ZeRO-3"])
+def test_fsdp_refuses_other_weights_or_another_order(parallel: ParallelConfig) -> None:
+    """It would add up gradients of different weights, where these are of one size."""
+    same, other, order = [[WHOLE], [WHOLE]], [[FIRST], [SECOND]], [[WHOLE], [BACKWARDS]]
+    for found in run_ranks(2, refusals, parallel, [same, same, other]):
+        assert found[:2] == ["", ""]
+        assert "h.0.norm.weight is used on some ranks only" in found[2]
+    for found in run_ranks(2, refusals, parallel, [same, order]):
+        assert found[0] == "" and "in another order" in found[1]
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_deepspeed_refuses_other_weights(zero: int) -> None:
+    pytest.importorskip("deepspeed", reason="needs the extra: pip install 'meshloom[deepspeed]'")
+    steps: list[Routes] = [[[WHOLE], [WHOLE]], [[FIRST], [SECOND]]]
+    if zero == 3:  # after a first step it gathers weights ahead, and would meet another gather
+        del steps[0]
+    for found in run_ranks(2, refusals, ParallelConfig(engine="deepspeed", zero=zero), steps):
+        assert not any(found[:-1]) and "h.0.norm.weight is used on some ranks only" in found[-1]
 
 
 def events(rank: int, world_size: int, kind: str) -> list[str]:
