@@ -24,10 +24,11 @@ def verify(files: Files) -> Iterator[Fault | int]:
     """Read every byte of a step. Yields the number of bytes of each good block, and an error for each bad thing found."""
     try:
         manifest = open_manifest(files)
+        sizes = files.sizes()
     except (DamageError, UnreadableError) as error:
         yield error
         return
-    sizes, reader = files.sizes(), Reader(files, manifest)
+    reader = Reader(files, manifest)
     reader.whole_files = False
     told: set[str] = set()
     for number, file in enumerate(manifest.files):

@@ -21,6 +21,7 @@ from meshloom.checkpoint.files import open_files
 from meshloom.checkpoint.folder import find_latest, list_steps
 from meshloom.checkpoint.identity import RunIdentity
 from meshloom.checkpoint.restore import holds_checkpoint, read_manifest, restore
+from meshloom.launch.checkpoint import main
 from support.checkpoint_runs import open_run, restored_step
 from support.checkpoint_worlds import fragments, make_arrays
 from support.ranks import run_ranks
@@ -108,6 +109,24 @@ def test_a_snapshot_in_memory_counts_for_no_newer_than_an_unreadable_step(
     with pytest.raises(UnreadableError) as caught:
         read_manifest(tmp_path)
     assert "start again" not in str(caught.value), "whoever asks gives the advice, and once"
+
+
+def test_verify_goes_on_where_a_step_can_not_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 1, 2)
+    bad, scandir = tmp_path / "step-00000002", os.scandir
+
+    def refuse(path: Any) -> Any:
+        if path == bad:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert main(["verify", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert f"UNREADABLE {bad}: asking for the lengths of its files failed: " in said
+    assert said.count("every block is as written") == 1
 
 
 def _restored_without_store(rank: int, world: int, folder: Path, store: Path, when: str, grouped: bool) -> str:
