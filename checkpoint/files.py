@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator
+from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar
 
@@ -30,6 +31,25 @@ _DAMAGED = (errno.ELOOP, errno.EBADMSG, errno.EUCLEAN)
 _LISTINGS = threading.Lock()
 
 
+_GIVEN_UP: ContextVar[list[str] | None] = ContextVar("given_up", default=None)
+
+
+@contextlib.contextmanager
+def retrying_once() -> Generator[None]:
+    """Once a file can't be read for all tries, try each other one only once in here.
+
+    For reads of many files, such as a listing of steps: where many fail, it would wait for each.
+    """
+    if _GIVEN_UP.get() is not None:
+        yield
+        return
+    token = _GIVEN_UP.set([])
+    try:
+        yield
+    finally:
+        _GIVEN_UP.reset(token)
+
+
 def _read_with_retries(label: str, doing: str, action: Callable[[], T]) -> T:
     """Return what reading gives. What may pass (a time-out, an I/O error) is tried again after each of RETRY_PAUSES.
 
@@ -38,7 +58,8 @@ def _read_with_retries(label: str, doing: str, action: Callable[[], T]) -> T:
     Raises FileNotFoundError or NotADirectoryError if it is not there, DamageError if it can't be what was written, and
     UnreadableError if nothing can be said of it.
     """
-    for tries, pause in enumerate((*RETRY_PAUSES, None)):
+    given_up = _GIVEN_UP.get()
+    for tries, pause in enumerate((*(() if given_up else RETRY_PAUSES), None)):
         try:
             return action()
         except _ABSENT:
@@ -48,6 +69,8 @@ def _read_with_retries(label: str, doing: str, action: Callable[[], T]) -> T:
             # By class too: libraries of object stores raise these without a number.
             if isinstance(error, IsADirectoryError) or error.errno in _DAMAGED:
                 raise DamageError(label, what) from error
+            if pause is None and given_up is not None:
+                given_up.append(label)
             if isinstance(error, PermissionError) or pause is None:
                 raise UnreadableError(label, what) from error
             if tries == 0:

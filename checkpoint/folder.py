@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UNREADABLE_FIX, CheckpointError, DamageError, UnreadableError
-from .files import Files, LocalFiles, is_remote, local_path, open_files
+from .files import Files, LocalFiles, is_remote, local_path, open_files, retrying_once
 from .identity import RunIdentity
 from .manifest import MANIFEST, Manifest, prove_manifest
 from .stored_file import StoredFile
@@ -160,6 +160,7 @@ def steps_newest_first(files: Files) -> list[str]:
     return list_steps(files).names
 
 
+@retrying_once()
 def list_steps(files: Files) -> StepListing:
     """Read the manifests of a folder of checkpoints, and put the steps of its run in order.
 
@@ -170,8 +171,8 @@ def list_steps(files: Files) -> StepListing:
 
     Steps of other runs are left out. Imports count as long as the run has saved nothing itself. A step whose manifest is
     damaged counts, so that whoever opens it is told. So does one whose manifest can't be read now; it comes first if it may be
-    the newest, so that none goes on from an older one unawares. Raises DamageError or UnreadableError where the folder can't
-    be listed, or its owner or `LATEST` can't be read.
+    the newest, so that none goes on from an older one unawares. Once one can't be read for all tries, the others are tried
+    once. Raises DamageError or UnreadableError where the folder can't be listed, or its owner or `LATEST` can't be read.
     """
     finished = [name for name in files.names() if step_of(name) is not None and is_finished(files, name)]
     found = _local_heads(files, finished) if isinstance(files, LocalFiles) else {name: _head(files, name) for name in finished}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, DamageError
 from ..faults import reach
-from ..files import LocalFiles, RemoteFiles, open_files
+from ..files import LocalFiles, RemoteFiles, open_files, retrying_once
 from ..folder import LATEST, OWNER, check_lengths, is_finished, list_steps, load_manifest, step_name, step_of
 from ..identity import RunIdentity
 from ..lease import Lease
@@ -362,13 +362,15 @@ class RemoteTarget(Target):
             self._lease.release()
 
 
+@retrying_once()
 def steps_to_prune(files: LocalFiles | RemoteFiles, keep: int, suspected: int | None = None) -> list[str]:
     """Finished steps beyond the newest `keep` (0: keep all) that are complete.
 
     suspected: a step at which something was wrong with the run; the newest complete step before it is kept, too
 
     A step that is damaged as far as can be told without reading its data does not count among those kept, so that
-    retention never deletes the last checkpoint that can be restored. One whose manifest can't be read stays.
+    retention never deletes the last checkpoint that can be restored. One whose manifest could not be read in this process
+    stays.
     """
     if keep == 0:
         return []

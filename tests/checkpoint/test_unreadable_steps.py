@@ -17,10 +17,11 @@ from torch.distributed import FileStore
 from meshloom.checkpoint import files as files_module
 from meshloom.checkpoint.control import Control
 from meshloom.checkpoint.errors import CheckpointError, UnreadableError
-from meshloom.checkpoint.files import open_files
+from meshloom.checkpoint.files import LocalFiles, open_files
 from meshloom.checkpoint.folder import find_latest, list_steps
 from meshloom.checkpoint.identity import RunIdentity
 from meshloom.checkpoint.restore import holds_checkpoint, read_manifest, restore
+from meshloom.checkpoint.saving.commit import steps_to_prune
 from meshloom.launch.checkpoint import main
 from support.checkpoint_runs import open_run, restored_step
 from support.checkpoint_worlds import fragments, make_arrays
@@ -109,6 +110,29 @@ def test_a_snapshot_in_memory_counts_for_no_newer_than_an_unreadable_step(
     with pytest.raises(UnreadableError) as caught:
         read_manifest(tmp_path)
     assert "start again" not in str(caught.value), "whoever asks gives the advice, and once"
+
+
+def test_a_listing_waits_for_the_first_unreadable_step_alone(
+    tmp_path: Path, fail: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(*_: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    save(tmp_path, 1, 2, 3, 4)
+    slept: list[float] = []
+    monkeypatch.setattr(files_module, "RETRY_PAUSES", (1.0, 2.0))
+    monkeypatch.setattr(files_module, "time", SimpleNamespace(sleep=slept.append))
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFiles, "_size", cut_off)
+        fail(*tmp_path.glob("step-*"))
+        for tries in (1, 2):
+            assert len(list_steps(open_files(tmp_path)).unreadable) == 4
+            assert slept == [1.0, 2.0] * tries, "each listing tries again"
+    slept.clear()
+    fail(tmp_path / "step-00000001")
+    monkeypatch.setattr(LocalFiles, "_sizes", cut_off)
+    assert steps_to_prune(LocalFiles(tmp_path), 1) == []
+    assert slept == [1.0, 2.0]
 
 
 def test_verify_goes_on_where_a_step_can_not_be_listed(
