@@ -257,7 +257,7 @@ def _as_os_errors() -> Generator[None]:
     """Raise errors of an object store's own library (missing credentials, say) as OSError, as file systems do."""
     try:
         yield
-    except OSError:
+    except (OSError, MemoryError):  # want of memory says nothing about the store
         raise
     except Exception as error:
         raise OSError(f"{type(error).__name__}: {error}") from error

@@ -36,7 +36,7 @@ def agree_on_verdict(talk: Round, answer: dict[str, Any], strict: bool) -> dict[
 def _join_answers(messages: Sequence[bytes]) -> bytes:
     """Join the answers of several ranks: a refusal counts most, then damage; otherwise what none of them has used.
 
-    Of damage it is told what the rank says that has met it.
+    Of a fault it is told what the rank says that has met it.
     """
     answers: list[dict[str, Any]] = [json.loads(message) for message in messages]
     for kind in ("refused", "damaged"):

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ...parallel.box import Box
-from ..errors import CheckpointError, DamageError
+from ..errors import DamageError, UnreadableError
 from ..files import Files
 from ..manifest import Manifest, StoredArray
 from .items import BATCH_BYTES, Bytes, Raw, ReadItem, needed_leaves
@@ -25,7 +25,8 @@ from .reader import Reader, Span
 
 WINDOW_BYTES = 4 * BATCH_BYTES
 PASSED_ON = "the rank that read it for the others could not use it"
-"""Damage as a rank knows it that only heard of it. Another one says what it is."""
+"""A fault as a rank knows it that only heard of it. Another one says what it is."""
+_GOOD, _DAMAGED, _NOT_READ = map(np.uint8, range(3))  # the last byte of a message between ranks
 Leaves = np.ndarray[Any, np.dtype[np.bool_]]
 
 
@@ -35,20 +36,20 @@ class SharedReader(Reader):
     def __init__(self, files: Files, manifest: Manifest, group: dist.ProcessGroup) -> None:
         super().__init__(files, manifest)
         self.group = group
-        self._faults: list[CheckpointError] = []  # none or one
+        self._faults: list[Exception] = []  # none or one
 
     def items(self, wanted: Sequence[tuple[StoredArray, Box]], targets: Sequence[Raw] = ()) -> list[list[ReadItem]]:
         """See Reader. A rank that can't use an index needs nothing more, and raises once it has served the others."""
         try:
             return super().items(wanted, targets)
-        except CheckpointError as error:
+        except Exception as error:
             self._note(error)
             return [[] for _ in wanted]
 
     def _missing_indexes(self, wanted: Sequence[tuple[StoredArray, Box]]) -> list[int]:
         try:
             return super()._missing_indexes(wanted)
-        except CheckpointError as error:  # of the manifest: the others read the indexes all the same
+        except Exception as error:  # of the manifest: the others read the indexes all the same
             self._note(error)
             return []
 
@@ -112,7 +113,7 @@ class SharedReader(Reader):
         if own.any() and not self._faults:  # after a fault all that it sends is marked
             try:
                 self._read_own(number, start, stop, own, window)
-            except CheckpointError as error:
+            except Exception as error:
                 self._note(error)
         works: list[Any] = []
         arrivals: list[tuple[Leaves, torch.Tensor]] = []
@@ -121,7 +122,7 @@ class SharedReader(Reader):
                 continue
             give, take = own & wanted[other], (readers == other) & wanted[me]
             if give.any():
-                message = torch.from_numpy(np.append(rows[give], np.uint8(len(self._faults))))
+                message = torch.from_numpy(np.append(rows[give], self._mark()))
                 works.append(self.group.send([message], other, 0))
             if take.any():
                 message = torch.empty(int(take.sum()) * leaf + 1, dtype=torch.uint8)
@@ -131,9 +132,9 @@ class SharedReader(Reader):
             work.wait()
         for take, message in arrivals:
             data = message.numpy()
-            if data[-1]:
+            if data[-1] != _GOOD:
                 label = self.files.label(self.manifest.files[number].title)
-                self._note(DamageError(label, PASSED_ON))
+                self._note((DamageError if data[-1] == _DAMAGED else UnreadableError)(label, PASSED_ON))
             rows[take] = data[:-1].reshape(-1, leaf)
 
     def _read_own(self, number: int, start: int, stop: int, own: Leaves, window: Bytes) -> None:
@@ -144,7 +145,13 @@ class SharedReader(Reader):
         for _ in self.read_ahead([span for span in spans if span.needed.any()]):
             pass
 
-    def _note(self, fault: CheckpointError) -> None:
+    def _mark(self) -> np.uint8:
+        """Return the last byte of this rank's messages: what the others can say of what it has read."""
+        if not self._faults:
+            return _GOOD
+        return _DAMAGED if isinstance(self._faults[0], DamageError) else _NOT_READ
+
+    def _note(self, fault: Exception) -> None:
         self._faults = self._faults or [fault]
 
 

@@ -235,13 +235,14 @@ RANGE = OSError(errno.EINVAL, "The requested range is not satisfiable")
         (RANGE, 3, UnreadableError, 4),
         (PermissionError("Access Denied"), 3, UnreadableError, 1),  # libraries of stores give no errno
         (IsADirectoryError("one"), 3, DamageError, 1),
+        (MemoryError("no room"), 3, MemoryError, 1),  # it says nothing about the store
         (b"1234", 3, DamageError, 1),
     ],
 )
 def test_what_a_store_gives_for_a_range_is_told_apart(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    answer: OSError | bytes,
+    answer: Exception | bytes,
     length: int,
     error: type[Exception],
     tries: int,

@@ -64,7 +64,7 @@ def fill(
     """
     reader = Reader(folder.files, folder.stored) if group is None else SharedReader(folder.files, folder.stored, group)
     jobs = sorted((job for each in wanted for job in _jobs(folder, *each)), key=lambda job: job.position)
-    held: list[CheckpointError] = []
+    held: list[Exception] = []
     for number in range(len(folder.stored.files)):
         mine = [job for job in jobs if job.position[0] == number]
         # With a group all ranks must read together, file by file; alone, what is decoded is read one by one.
@@ -73,10 +73,10 @@ def fill(
         for some in rounds:
             try:
                 _read_round(reader, some if not held else [])
-            except CheckpointError as error:  # damaged, or not to be read now
+            except Exception as error:
                 if group is None:
                     raise
-                held.append(error)
+                held = held or [error]
     if held:
         raise held.pop()  # it has no name here: see `errors.py`
     return reader.traffic

@@ -115,9 +115,9 @@ def fill_with_a_fault(rank: int, _: int, theirs: Path, fault: str) -> str:
     ]
     assert wanted
     dist.barrier()
-    if rank and fault == "unreadable":
+    if rank and fault != "shorter":
         files_module.RETRY_PAUSES = ()
-        files_module.os.preadv = raise_io_error  # of this process, which ends
+        files_module.os.preadv = raise_io_error if fault == "unreadable" else raise_memory_error  # of this process, which ends
     elif rank:
         first = theirs / folder.stored.files[0].title
         first.write_bytes(first.read_bytes()[:-1000])
@@ -126,7 +126,7 @@ def fill_with_a_fault(rank: int, _: int, theirs: Path, fault: str) -> str:
     gc.disable()  # of this process, which ends: what a failed import leaves behind is large
     try:
         fill(folder, wanted, dist.group.WORLD)
-    except CheckpointError as error:
+    except (CheckpointError, MemoryError) as error:
         told = str(error)
     wanted.clear()
     assert held() is None
@@ -138,7 +138,12 @@ def raise_io_error(*_: object) -> int:
     raise OSError(errno.EIO, "Input/output error")
 
 
-@pytest.mark.parametrize("fault", ["shorter", "unreadable"])
+def raise_memory_error(*_: object) -> int:
+    """Fail as a reading for which there is no memory."""
+    raise MemoryError("no memory for model-00001-of")
+
+
+@pytest.mark.parametrize("fault", ["shorter", "unreadable", "memory"])
 def test_a_rank_that_meets_a_fault_keeps_nobody_waiting(fault: str, tmp_path: Path, saved: dict[str, torch.Tensor]) -> None:
     sound, faulty = run_ranks(2, fill_with_a_fault, tmp_path / "theirs", fault, timeout=30.0)
     assert sound == "" and "model-00001-of" in faulty
