@@ -50,12 +50,15 @@ def decided(words: Sequence[str], gpus: int, **changes: Any) -> tuple[int, str, 
     return config.batch.micro_size, config.trainer.activation, " ".join(fitting.notices)
 
 
-@pytest.mark.parametrize("memory", [30.0, 79.1, 178.0])
-def test_no_other_choice_that_fits_is_faster(memory: float) -> None:
-    """Every choice is planned by itself, and the best of them is what was decided, up to what predictions can't tell apart."""
-    micro, policy, told = decided(AUTO, 8, memory=memory)
+@pytest.mark.parametrize(("memory", "link"), [(30.0, 450.0), (79.1, 450.0), (178.0, 450.0), (178.0, 0.05)])
+def test_no_other_choice_that_fits_is_faster(memory: float, link: float) -> None:
+    """Every choice is planned by itself, and the best of them is what was decided, up to what predictions can't tell apart.
+
+    Over a link that is slow enough they all are alike.
+    """
+    micro, policy, told = decided(AUTO, 8, memory=memory, link=link)
     config = replace_keys(composed(*AUTO), {"batch.micro": 1, "trainer.activation": "none"})
-    costing = Costing(config, 8, h100(8, memory=memory)(config))
+    costing = Costing(config, 8, h100(8, memory=memory, link=link)(config))
     found: dict[tuple[int, str], Any] = {}
     for size, kept in itertools.product(MICROS[:4], MIXED):
         found[size, kept] = costing.predict(replace_keys(config, {"batch.micro": size, "trainer.activation": kept}))
@@ -64,6 +67,7 @@ def test_no_other_choice_that_fits_is_faster(memory: float) -> None:
     assert fitting[micro, policy].seconds <= fastest * (1 + ALIKE)
     alike = [each for each in fitting.values() if each.seconds <= fastest * (1 + ALIKE)]
     assert fitting[micro, policy].bytes == min(each.bytes for each in alike)
+    assert (len({each.bytes for each in alike}) > 1) == (link < 1)
     assert f"batch.micro={micro}, trainer.activation={policy}, in place of auto" in told and f"{memory:.4g} GiB" in told
 
 
