@@ -79,6 +79,10 @@ def _read_with_retries(label: str, doing: str, action: Callable[[], T]) -> T:
     raise AssertionError
 
 
+def _ends_before(label: str, end: int, stop: int) -> DamageError:
+    return DamageError(label, f"the file ends at byte {end}, before byte {stop}")
+
+
 class Files(Protocol):
     """The operations on a folder that reading, listing and committing need. Each kind of folder has the underscored ones.
 
@@ -235,7 +239,7 @@ class _LocalReader:
         while done < len(target):
             count = self._read(target[done:], offset + done)
             if count == 0:
-                raise DamageError(self._label, f"the file ends at byte {offset + done}, before byte {offset + len(target)}")
+                raise _ends_before(self._label, offset + done, offset + len(target))
             done += count
 
     def _read(self, target: memoryview, offset: int) -> int:
@@ -325,10 +329,10 @@ class RemoteFiles(Files):
             with contextlib.suppress(OSError):
                 end = self._size(name)
                 if end < stop:
-                    raise DamageError(self.label(name), f"the file ends at byte {end}, before byte {stop}") from error
+                    raise _ends_before(self.label(name), end, stop) from error
             raise
         if end < stop:
-            raise DamageError(self.label(name), f"the file ends at byte {end}, before byte {stop}")
+            raise _ends_before(self.label(name), end, stop)
         if end > stop:
             what = f"the store gives {len(data)} bytes for the {stop - start} from byte {start} on"
             raise DamageError(self.label(name), what)

@@ -150,8 +150,10 @@ class StepListing:
 
         newest_only: only where it may be the newest, so that what is saved now might count as older than that one
         """
-        names, fear = (self.names[:1], "the newest step") if newest_only else (self.unreadable, "another run's")
-        for fault in (self.unreadable[name] for name in names if name in self.unreadable):
+        first = next(iter(self.names if newest_only else self.unreadable), "")
+        fault = self.unreadable.get(first)
+        if fault is not None:
+            fear = "the newest step" if newest_only else "another run's"
             raise UnreadableError(fault.file, f"{fault.what}. It may be {fear}: {UNREADABLE_FIX}")
 
 

@@ -16,7 +16,8 @@ from .writing.disk import replace_small, sync_folder
 log = logging.getLogger(__name__)
 
 SAVES = "saves.jsonl"
-UNREADABLE = RunIdentity("unreadable")
+DAMAGED = RunIdentity("damaged")
+"""Stands for the run of steps whose manifests are damaged."""
 
 
 def take_over(path: Path, run: RunIdentity, step: int | None = None) -> None:
@@ -58,12 +59,12 @@ def take_over_remote(files: RemoteFiles, run: RunIdentity, step: int | None = No
 
 
 def others_of(listing: StepListing, run: RunIdentity) -> dict[RunIdentity, list[str]]:
-    """Steps that other runs have saved, by run. One that can't be read is this run's if it has saved here before."""
-    saved_by = {name: head.run if head else UNREADABLE for name, head in listing.heads.items()}
+    """Steps that other runs have saved, by run. One whose manifest is damaged is this run's if it has saved here before."""
+    saved_by = {name: head.run if head else DAMAGED for name, head in listing.heads.items()}
     returns = listing.has_steps_of(run)
     others: dict[RunIdentity, list[str]] = {}
     for name, saver in sorted(saved_by.items()):
-        if saver is not None and saver.id != run.id and not (saver == UNREADABLE and returns):
+        if saver is not None and saver.id != run.id and not (saver == DAMAGED and returns):
             others.setdefault(saver, []).append(name)
     return others
 

@@ -185,6 +185,13 @@ def test_an_import_into_the_folder_of_a_run_under_way_is_refused_at_once(tmp_pat
     assert left.is_dir()
 
 
+def test_damaged_steps_of_nobody_known_are_put_aside_as_such(tmp_path: Path) -> None:
+    run_of(tmp_path, A, 1)
+    (tmp_path / "step-00000001/manifest.json").write_text("{")
+    take_over(tmp_path, B)
+    assert names(tmp_path) == [] and (tmp_path / "replaced-damaged/step-00000001").is_dir()
+
+
 def test_a_step_that_can_not_be_read_shuts_no_folder_unless_it_may_be_the_newest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
