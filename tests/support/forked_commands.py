@@ -3,7 +3,9 @@
 process = ForkedCommand([sys.executable, "-m", "meshloom.launch.cli", "train", …], cwd=folder, stderr=subprocess.PIPE)
 
 It is a `Popen` in all else: a process with its own streams, environment, signals and exit code. The agent that the command
-starts is forked from it, and the agent's fork server from that. So a run has the same tree of processes as a user's.
+starts is forked from it, and the agent's fork server from that. So a run has the same tree of processes as a user's. What
+differs: all of them hash strings alike, as interpreters of their own do not. Where there is a GPU all are started: forks of a
+process that has asked for GPUs can't use them.
 """
 
 from __future__ import annotations
@@ -21,12 +23,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
 
 from meshloom import launch
 from meshloom.launch import forked
@@ -45,7 +50,7 @@ class ForkedCommand(subprocess.Popen[Any]):
             run = _run_program
         elif list(command[:2]) == [sys.executable, "-m"] and command[2].startswith("meshloom.launch."):
             run = _run_module
-        if run is not None:
+        if run is not None and not torch.cuda.is_available():
             variables, kept = dict(os.environ if env is None else env), options.get("pass_fds", ())
             # The streams, the folder and the session are those of the child when this is called, and it never returns.
             options["preexec_fn"] = lambda: _become(lambda: run(*command[2:]), kept, variables)
@@ -66,23 +71,27 @@ def run_forked(command: Sequence[str], timeout: float, **options: Any) -> subpro
 def _become(program: Callable[[], object], kept: Iterable[int], variables: Mapping[str, str]) -> NoReturn:
     """Do in this forked process what a new interpreter would, and end as one. kept: descriptors besides the streams."""
     code: object = 1
+    interrupted = False
     try:
         _begin_anew(kept, variables)
         program()
         code = 0
     except SystemExit as end:
         code = end.code
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
+        interrupted = isinstance(error, KeyboardInterrupt)
     if not isinstance(code, int | None):
         print(code, file=sys.stderr)
     with contextlib.suppress(Exception):
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+    if interrupted:  # nobody caught it: Python then ends by the signal
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 
@@ -97,6 +106,9 @@ def _begin_anew(kept: Iterable[int], variables: Mapping[str, str]) -> None:
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them from its start on; `Popen` has undone that
+        signal.signal(number, signal.SIG_IGN)
+    threading.excepthook, sys.unraisablehook = threading.__excepthook__, sys.__unraisablehook__  # pytest keeps what they get
     os.environ.clear()
     os.environ.update(variables)
     sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
