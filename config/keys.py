@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -95,12 +96,18 @@ class Key:
     meaning: str
 
 
+@functools.cache
+def hints_of(kind: type) -> Mapping[str, Any]:
+    """Return the types that a class declares, by name, with what they refer to: each look evaluates their text."""
+    return typing.get_type_hints(kind)
+
+
 def keys_of(kind: type, only: Collection[str] | None = None) -> Iterator[Key]:
     """Yield the keys that a config dataclass declares; keys of nested dataclasses have dotted names.
 
     only: names of the fields to list. Raises TypeError for a field without a meaning or a side.
     """
-    hints = typing.get_type_hints(kind)
+    hints = hints_of(kind)
     for field in dataclasses.fields(kind):
         if (only is not None and field.name not in only) or not field.metadata.get("key", True):
             continue
@@ -122,7 +129,7 @@ def field_of(kind: type, key: str) -> dataclasses.Field[Any] | None:
     found = next((one for one in dataclasses.fields(kind) if one.name == name), None)
     if found is None or not inner:
         return found
-    hint = typing.get_type_hints(kind)[name]
+    hint = hints_of(kind)[name]
     return field_of(hint, inner) if dataclasses.is_dataclass(hint) and isinstance(hint, type) else None
 
 

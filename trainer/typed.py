@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..config.keys import MISSING
+from ..config.keys import MISSING, hints_of
 from ..config.nodes import Custom, find_option
 from ..config.problems import ConfigError, Problem
 from ..config.renames import with_moved_targets
@@ -48,7 +48,7 @@ def typed_config(config: DictConfig) -> tuple[RunConfig, list[Problem]]:
         for key in sorted(_missing_keys(OmegaConf.to_container(config, resolve=False)))
     ]
     values: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(RunConfig).items():
+    for name, hint in hints_of(RunConfig).items():
         if name not in {field.name for field in dataclasses.fields(RunConfig)}:
             continue
         value = _plain(config, name, problems)
@@ -103,7 +103,7 @@ def _plain(config: DictConfig, name: str, problems: list[Problem]) -> Any:
 
 def _typed(kind: Any, values: Any) -> Any:
     """Return plain values, which Hydra has checked, as their dataclass."""
-    hints = typing.get_type_hints(kind)
+    hints = hints_of(kind)
     known = {field.name for field in dataclasses.fields(kind)}
     return kind(
         **{
