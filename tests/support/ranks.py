@@ -46,10 +46,16 @@ def _child(rank: int, world_size: int, store: str, pipe: Any, timeout: float, bo
 
 
 def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: float = 150.0) -> list[Any]:
-    """Call `body(rank, world_size, *args)` on every rank; returns what each returned, in rank order."""
+    """Call `body(rank, world_size, *args)` on every rank; returns what each returned, in rank order.
+
+    A body may have an attribute `prepare`: it is called here once as `prepare(world_size, *args)`, and returns the arguments
+    that all ranks get in their place.
+    """
     # A process group that has ended here must not be destroyed in a child: it would wait for threads that a fork leaves behind.
     gc.collect()
     gc.freeze()  # so that neither this process nor a child looks through the same objects again
+    if prepare := getattr(body, "prepare", None):
+        args = prepare(world_size, *args)
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         children: list[Any] = []

@@ -38,9 +38,17 @@ def train(rank: int, world_size: int, words: list[str]) -> int:
     return run(resolve_words([], words, world_size))
 
 
-def body(rank: int, world_size: int, overrides: list[str]) -> int:
+def resolve_tiny(world_size: int, overrides: list[str]) -> ResolvedRun:
     base = ANY_DATA if any(override.startswith("data=") for override in overrides) else TINY
-    return run(resolve_words(base, overrides, world_size))
+    return resolve_words(base, overrides, world_size)
+
+
+def body(rank: int, world_size: int, overrides: list[str] | ResolvedRun) -> int:
+    """Train on ranks that are there already. What `run_ranks` calls it for has been resolved once, as a host does it once."""
+    return run(overrides if isinstance(overrides, ResolvedRun) else resolve_tiny(world_size, overrides))
+
+
+body.prepare = lambda world_size, overrides: [resolve_tiny(world_size, overrides)]  # type: ignore[attr-defined]
 
 
 def unpicklable_run(rank: int, world_size: int, overrides: list[str]) -> int:
