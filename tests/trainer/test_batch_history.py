@@ -21,6 +21,7 @@ WORDS = [
     "optim.lr=0.003",
     "trainer.eval_every=0",
 ]
+STOP = "trainer.hooks=[{_target_:support.run_hooks.Signal,step:21,rank:0,name:SIGTERM}]"
 
 
 def go(ranks: int, folder: Path, *overrides: str) -> None:
@@ -45,5 +46,5 @@ def test_a_doubled_batch_keeps_the_warm_up_and_the_first_batch(tmp_path: Path, c
         assert found[step] == pytest.approx(growth * 0.003 * (1 + math.cos(math.pi * part)) / 2, rel=1e-12)
     history = read_state(tmp_path / "checkpoints")["progress"]["history"]
     assert history == [[0, 0, 0, 8], [10, 80, 80 * TOKENS, 16]]
-    go(1, tmp_path, f"trainer.tokens={2 * whole}", "resume=auto", "batch.samples=8")
+    go(1, tmp_path, f"trainer.tokens={2 * whole}", "resume=auto", "batch.samples=8", STOP)
     assert rates(tmp_path)[21] == pytest.approx(0.003 * (1 + math.cos(math.pi * (240 - 32) / (480 - 32))) / 2, rel=1e-12)
