@@ -19,7 +19,7 @@ from meshloom.config.problems import ConfigError
 from meshloom.config.renames import RENAMED_KEYS, with_renamed_keys
 from meshloom.config.sweeps import sweep_folder
 from meshloom.trainer.schema import make_composer
-from support.composing import LOAD, MERGE, PARSE, share_compositions
+from support.composing import CHOOSE, LOAD, MERGE, PARSE, share_compositions
 
 
 @pytest.fixture(scope="module")
@@ -214,10 +214,10 @@ def test_a_composition_shares_nothing_with_the_next() -> None:
 
 
 def test_hydra_parses_reads_and_merges_a_line_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It calls the private methods that `share_compositions` replaces, which asserts that they are there."""
+    """It calls what `share_compositions` replaces of its private modules, which asserts that it is there."""
     calls = Counter[str]()
 
-    def count(owner: type, name: str) -> None:
+    def count(owner: Any, name: str) -> None:
         method = getattr(owner, name)
 
         @functools.wraps(method)
@@ -227,14 +227,14 @@ def test_hydra_parses_reads_and_merges_a_line_once(monkeypatch: pytest.MonkeyPat
 
         monkeypatch.setattr(owner, name, counted)
 
-    for owner, name, _ in (PARSE, LOAD, MERGE):
+    for owner, name, _ in (PARSE, LOAD, CHOOSE, MERGE):
         count(owner, name)
     share_compositions()
     line = ["recipe=quickstart", "seed=4"]
     make_composer().compose(line)
     once = calls.copy()
     make_composer().compose(line)
-    assert calls == once and once.keys() == {name for _, name, _ in (PARSE, LOAD, MERGE)}
+    assert calls == once and once.keys() == {name for _, name, _ in (PARSE, LOAD, CHOOSE, MERGE)}
     monkeypatch.delattr(*MERGE[:2])
     with pytest.raises(
         AssertionError, match=r"ConfigLoaderImpl\._compose_config_from_defaults_list should take .*, and takes None"
