@@ -170,7 +170,7 @@ def all_held(rank: int, world_size: int, works: list[Work]) -> list[tuple[int, i
     ("more", "layouts"), [(("tied", False), PLAIN), (("tied", True), TIED), (("experts", RECURRENT), PIPELINES)]
 )
 def test_shards_and_optimizer_state_are_counted_to_the_byte(more: tuple[str, Any], layouts: list[ParallelConfig]) -> None:
-    works = [Work(parallel, model=(("layers", 4), more, ("dim", 32))) for parallel in layouts]
+    works = [Work(parallel, samples=4, model=(("layers", 4), more, ("dim", 32))) for parallel in layouts]
     everything = run_ranks(4, all_held, works)
     for at, work in enumerate(works):
         expected = planned(work, 4)
@@ -300,13 +300,13 @@ def live_bytes(passes: Sequence[Callable[[], Any]]) -> list[int]:
 
 
 def mixture_model(name: str, layers: Sequence[int], precision: str, fused: bool, policy: str) -> Decoder:
-    """A model of three blocks, of which these have a mixture, with the kernels of experts or without."""
-    model = decoder(**MIXTURE, layers=3, experts={**EXPERTS, **MIXTURES[name], "layers": list(layers)})
+    """A model of two blocks, of which these have a mixture, with the kernels of experts or without."""
+    model = decoder(**MIXTURE, layers=2, experts={**EXPERTS, **MIXTURES[name], "layers": list(layers)})
     model.to(torch.float32 if precision == "fp32" else torch.bfloat16)
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.1)
-    model.use_kernels(dict.fromkeys(range(3), BlockKernels(experts=FusedExperts() if fused else None)))
-    apply_policies(list(model.layers.values()), [policy] * 3)
+    model.use_kernels(dict.fromkeys(range(2), BlockKernels(experts=FusedExperts() if fused else None)))
+    apply_policies(list(model.layers.values()), [policy] * 2)
     return model
 
 
@@ -319,8 +319,8 @@ def test_a_mixture_keeps_the_bytes_that_stay_allocated(policy: str, monkeypatch:
     expected: dict[tuple[str, str, bool], float] = {}
     mixed = [(name, fused) for name in ("softmax", "shared", "recurrent") for fused in (False, True)]
     for name, precision, fused in [*((name, "fp32", False) for name in MIXTURES), *((n, "bf16", fused) for n, fused in mixed)]:
-        models = [mixture_model(name, layers, precision, fused, policy) for layers in ([1, 2], [2])]
-        (mixture, dense), work = (model.config.block(1) for model in models), ForwardPass(tokens.numel(), precision)
+        models = [mixture_model(name, layers, precision, fused, policy) for layers in ([0, 1], [1])]
+        (mixture, dense), work = (model.config.block(0) for model in models), ForwardPass(tokens.numel(), precision)
         assert isinstance(mixture.ffn, MixtureConfig)
         assert mixture.ffn.can_fuse or not fused
         passes += [functools.partial(training_pass, model, tokens) for model in models]
