@@ -102,8 +102,8 @@ def compiled_runs(rank: int, world_size: int, works: Sequence[Work]) -> list[Run
     """Traced and differentiated as for a GPU; only the code that comes out of it is not generated, to save time.
 
     Evaluations, which are traced once more, are compiled in the first two of the runs alone: with whole weights, and with
-    weights that tensor parallelism cuts. The loop over experts is never compiled: it is a graph for each number of rows, and
-    what GPUs run is one product.
+    weights that tensor parallelism cuts. The loop over experts is not: it is a graph for each number of rows, and
+    `test_mixture.py` compiles it by itself.
     """
     found: list[Run] = []
     with pytest.MonkeyPatch.context() as patch:

@@ -15,6 +15,7 @@ from meshloom.models.mixture.dispatch import sort_by_expert
 from meshloom.models.mixture.grouped import grouped_product, loop_product, unsupported_reason
 from meshloom.models.mixture.mixture import Mixture
 from meshloom.models.mixture.router import Carried, Routed, TopKRouter
+from support.compiling import counted_graphs
 from support.experts import plain_choice
 
 DIM, WIDTH = 8, 4
@@ -185,6 +186,21 @@ def test_grouped_products_are_the_loop(dtype: torch.dtype) -> None:
         strict=True,
     ):
         torch.testing.assert_close(one[:10] if one.dim() == 2 else one, other[:10] if other.dim() == 2 else other)
+
+
+def test_the_loop_over_experts_compiles() -> None:
+    """It is what a GPU runs, too, in fp32 or with dimensions that `F.grouped_mm` refuses."""
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(12, 5, generator=draw, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(4, 3, 5, generator=draw, dtype=torch.float64).requires_grad_()
+    with counted_graphs() as counter:
+        compiled = torch.compile(loop_product)
+        for counts in ([5, 0, 4, 1], [1, 2, 3, 6]):
+            got, expected = (product(rows, weight, torch.tensor(counts)) for product in (compiled, loop_product))
+            torch.testing.assert_close(got, expected)
+            gradients = [torch.autograd.grad(found.square().sum(), (rows, weight)) for found in (got, expected)]
+            torch.testing.assert_close(*gradients)
+    assert counter.frame_count > 0
 
 
 def test_products_that_grouped_mm_refuses_have_a_reason() -> None:
