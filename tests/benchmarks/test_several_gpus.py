@@ -160,6 +160,10 @@ def test_a_call_goes_on_where_the_last_ended(
     assert (tmp_path / "rows.jsonl").read_text().count("\n") == 5
     assert call(monkeypatch, output, "only=wrong") == 1
     assert (tmp_path / "rows.jsonl").read_text().count("\n") == 6
+    table[:] = [rows.Row("cut", "?", 1, python("import time; time.sleep(60)"))]
+    for count in (7, 8):
+        assert call(monkeypatch, output, "seconds=1.5") == 1
+        assert (tmp_path / "rows.jsonl").read_text().count("\n") == count, "a row that the end of a call has cut is run again"
     with pytest.raises(SystemExit, match="no row typo"):
         call(monkeypatch, output, "only=typo")
 
