@@ -12,6 +12,7 @@ product with the same piece of the whole gradient. Under hybrid data parallelism
 that a group of ranks shares its workers in the same way (`Share.worker_rows`).
 
 Not seen: a tied embedding cut by a pipeline, whose two parts add up on neither rank. `limits.measuring_problems` refuses it.
+A weight that a micro-batch does not use is refused in the first measured step that meets one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
+from ..config.problems import ConfigError, Problem
 from ..data.assignment import Share, WorkerRows
 from ..optim.batch.statistics import GradientStatistics
 from .mesh import Mesh
@@ -231,12 +233,23 @@ class GradientNoise(GradientObserver):
         """Compute this rank's part of Σ_j ‖L_j‖² / w_j over all ranks' micro-batches, to be summed over all processes."""
         self._finish_sum()
         self._compare_order()
+        assert self._watched, "no gradient is seen; was the engine built with `measures`?"
+        self._refuse_unused()
         assert all(before is None for before in self._rows_before), "a worker is not complete"
-        unseen = "a weight's gradient went unseen; was the engine built with `measures`?"
-        assert all(len(norms) == len(self._shares_K) for norms in self._norms), unseen
         stacked = torch.stack([norm for norms in self._norms for norm in norms])  # one stack per weight would be a kernel each
         norms_PK = stacked.view(len(self._norms), -1).double() / self._scale
         return (norms_PK.square() * self._per_copy.unsqueeze(1) / self._shares_K).sum()
+
+    def _refuse_unused(self) -> None:
+        """Raise ConfigError if a micro-batch used some weight not at all: which one it was can't be told by the hooks.
+
+        Models of a user's own may do that (`models.protocol.may_skip_weights`). Only the ranks that see it raise.
+        """
+        for name, norms in zip(self._index, self._norms, strict=True):
+            if len(norms) != len(self._shares_K):
+                text = f"the gradient's noise can't be measured: {name} is not used in every micro-batch"
+                fix = "use batch=fixed, stages, ramp or critical_loss, or a model that uses all its weights"
+                raise ConfigError([Problem("batch", text, fix)])
 
     def _compare_order(self) -> None:
         """In the first measured step compare the order of sums over the ranks that share workers. All ranks must call it.

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ...config.problems import ConfigError, Problem
 from .adamw import AdamW
 from .config import MODULES, OTHER, AGVMConfig
 from .parameters import NamedParameter, Shards
@@ -80,11 +81,12 @@ class AGVM(AdamW):
         """Measure the disagreement of halves and update the factors. first: parallel to the parameters; see the module.
 
         Takes one collective, and one more between pipeline stages. The host waits here for a GPU, because it needs the
-        rates as numbers in this very step.
+        rates as numbers in this very step. Raises ConfigError if a half used some weight not at all.
         """
+        self._refuse_unused(len(first))
         products: list[torch.Tensor] = []
         for parameter, half in zip(self._parameters, first, strict=True):
-            assert parameter.tensor.grad is not None, f"{parameter.name} has no gradient to halve"
+            assert parameter.tensor.grad is not None
             condition = self.state[parameter.tensor]["exp_avg_sq"].sqrt() + self._eps
             a, b = half / condition, (parameter.tensor.grad - half) / condition
             products.append(torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]).double())
@@ -101,6 +103,14 @@ class AGVM(AdamW):
                 ratio = min(10.0, max(0.5, (measure + FLOOR) / (there + FLOOR)))
                 scales[name] = self._smoothing * scales[name] + (1 - self._smoothing) * ratio**0.5
         self._measured = scales
+
+    def _refuse_unused(self, in_first_half: int) -> None:
+        """Raise ConfigError unless every weight has a gradient in both halves. Models of a user's own may leave some out."""
+        without = [parameter.name for parameter in self._parameters if parameter.tensor.grad is None]
+        if without or in_first_half < len(self._parameters):
+            which = f"{without[0]} has none" if without else "in the first half some weights have none"
+            text = f"agvm compares the gradients of a batch's halves, and {which}"
+            raise ConfigError([Problem("optim", text, "use another optimizer, or a model that uses all its weights")])
 
     def _store(self, scales: Mapping[str, float], updates: int) -> None:
         for parameter in self._parameters:

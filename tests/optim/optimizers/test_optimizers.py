@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from meshloom.config.problems import ConfigError
 from meshloom.optim.optimizers.adagrad import AdaGrad, AdaGradNorm
 from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.agvm import AGVM
@@ -200,6 +201,17 @@ def test_agvm_keeps_scales_as_counters_and_rates_unchanged() -> None:
         assert {k: float(v) for k, v in state.items() if k.startswith("scale.")} == {f"scale.{k}": v for k, v in scales.items()}
     assert float(optimizer.state[parameters[-1].tensor]["updates"]) == 2
     assert "'backbone' is none of the modules" in str(AGVMConfig(anchor="backbone").problems()[0])
+
+
+def test_agvm_refuses_halves_that_leave_out_a_weight() -> None:
+    """A model of a user's own may use some of its weights only."""
+    parameters, optimizer = agvm()
+    halves = [torch.randn_like(p.tensor) for p in parameters]
+    with pytest.raises(ConfigError, match=r"optim: agvm compares .* in the first half some weights have none"):
+        optimizer.observe_halves(halves[1:])
+    parameters[1].tensor.grad = None
+    with pytest.raises(ConfigError, match=rf"optim: agvm compares .* {parameters[1].name} has none"):
+        optimizer.observe_halves(halves[1:])
 
 
 def test_agvm_measures_every_tenth_step_from_its_beginning_on() -> None:

@@ -22,6 +22,7 @@ from meshloom.optim.optimizers.adamw import AdamW
 from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engines import make_engine
+from meshloom.parallel.gradient_noise import Measure
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.torch.engine import TorchEngine
@@ -247,6 +248,25 @@ def test_deepspeed_refuses_other_weights(zero: int) -> None:
         del steps[0]
     for found in run_ranks(2, refusals, ParallelConfig(engine="deepspeed", zero=zero), steps):
         assert not any(found[:-1]) and "h.0.norm.weight is used on some ranks only" in found[-1]
+
+
+def measured(rank: int, world_size: int, routes: Routes) -> str:
+    """What a step says that tells micro-batches' gradients apart."""
+    model, parallel = routed(), ParallelConfig(zero=1)
+    mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
+    make = functools.partial(AdamW, AdamWConfig(lr=1e-2, weight_decay=0.1, betas=[0.9, 0.95], eps=1e-8))
+    engine = make_engine(model, mesh, make, parallel, settings_of(model, parallel, seed=7, measures=True))  # type: ignore[arg-type]
+    tokens = torch.tensor(30.0, dtype=torch.float64)
+    engine.accumulate(equal_share(batches(routes[rank], rank), world_size), tokens, Measure.SQUARES)
+    with pytest.raises(ConfigError) as caught:
+        engine.gradient_norm()
+    return str(caught.value)
+
+
+def test_noise_is_refused_by_the_name_of_a_weight_that_a_micro_batch_leaves_out() -> None:
+    """It was an assertion about the engine."""
+    for name, said in zip(("h.0", "h.3"), run_ranks(2, measured, [[WHOLE, NONE], [WHOLE, WHOLE]]), strict=True):
+        assert f"batch: the gradient's noise can't be measured: {name}.norm.weight is not used in every micro-batch" in said
 
 
 def events(rank: int, world_size: int, kind: str) -> list[str]:
