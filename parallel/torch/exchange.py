@@ -128,7 +128,7 @@ class ExchangeUnit:
             self.taken[index] = gradient if keep_dtype else gradient.to(weight.master.dtype)
 
     def take_zeros(self, index: int, keep_dtype: bool) -> None:
-        """Count a weight that only other ranks have used as used. keep_dtype: as of `take`."""
+        """Count a weight without a gradient here as used. keep_dtype: as of `take`."""
         weight = self.weights[index]
         self.taken[index] = torch.zeros_like(weight.whole, dtype=None if keep_dtype else weight.master.dtype)
 
@@ -262,9 +262,13 @@ class GradientReducer:
 
         @torch.no_grad()
         def take(weight: torch.Tensor) -> None:
-            assert weight.grad is not None
             gradient, weight.grad = weight.grad, None
-            unit.take(index, gradient, self.keep_grad_dtype)
+            if gradient is not None:
+                unit.take(index, gradient, self.keep_grad_dtype)
+            elif (
+                unit.taken[index] is None
+            ):  # a function gave None, which the graph does not tell: other ranks expect a gradient
+                unit.take_zeros(index, self.keep_grad_dtype)
             unit.missing -= self.last
             if not unit.missing:
                 self.reduce(unit)

@@ -23,12 +23,28 @@ class Block(nn.Module):
         return x + self.down(torch.tanh(self.up(self.norm(x))))
 
 
+class Reached(torch.autograd.Function):
+    """Depends on weights by the graph, and gives them no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.count = len(weights)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (grads[0], *[None] * ctx.count)
+
+
 class Routed(nn.Module):
     """tokens (B, S) → logits (B, S, V). No route runs the block `spare`."""
 
-    def __init__(self, vocabulary: int, width: int = 6, tied: bool = False, reentrant: bool = False) -> None:
+    def __init__(
+        self, vocabulary: int, width: int = 6, tied: bool = False, reentrant: bool = False, reached: bool = False
+    ) -> None:
+        """reached: each route reaches the weights of all blocks; those that it does not run get no gradient."""
         super().__init__()
-        self.reentrant = reentrant
+        self.reentrant, self.reached = reentrant, reached
         self.wte = nn.Embedding(vocabulary, width)
         self.h = nn.ModuleList(Block(width) for _ in range(4))
         self.spare = nn.Linear(width, width)
@@ -43,6 +59,8 @@ class Routed(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x, route = self.wte(tokens), int(tokens[0, 0]) % len(ROUTES)
+        if self.reached:
+            x = Reached.apply(x, *self.h.parameters())
         x = checkpoint(self.run, x, route, use_reentrant=True) if self.reentrant else self.run(x, route)
         return self.head(x)
 

@@ -161,6 +161,11 @@ def test_weights_within_reentrant_checkpoints_are_found() -> None:
     compare(2, LAYOUTS, steps, reentrant=True)
 
 
+def test_a_weight_that_a_function_gives_no_gradient_counts_as_used() -> None:
+    """PyTorch calls its hook all the same, without a gradient; the other ranks have one."""
+    compare(2, LAYOUTS, [[[WHOLE], [LAST]], [[LAST], [WHOLE]], [[LAST, WHOLE], [NONE, FIRST]]], reached=True)
+
+
 DECODER = {**Work().llama(), "layers": 3}
 EXPERTS = {**DECODER, "experts": {"count": 4, "top_k": 2, "ffn_dim": 7}}
 
