@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..config.nodes import Custom, build, find_option, typed_option
@@ -55,3 +56,12 @@ def _build_source(node: Mapping[str, Any], shared: Mapping[str, Any], seed: int,
         raise ConfigError([Problem(f"{key}._target_", "the source has no kind", fix)])
     given = {**keys, **{name: value for name, value in shared.items() if name in keys}}
     return build(CustomData(path=path, keys=given), leave_out=LEFT_OUT, seed=seed)
+
+
+def system_problem(key: str, error: OSError, cache: Path) -> Problem:
+    """Word an error of the operating system met while data are prepared. key: their node's; cache: the cache's folder."""
+    place = Path(error.filename or cache)
+    fix = "check the disk that it is on, and whether you may read it"
+    if place.is_relative_to(cache):
+        fix = "make room or get access, or set data.cache_dir to another folder"
+    return Problem(key, f"{place}: {error.strerror or error}", fix)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+from ..config.cache import cache_folder
 from ..config.nodes import Custom
 from ..config.problems import ConfigError, Problem
-from .build import build_source
+from .build import build_source, system_problem
 from .config import DataConfig
 from .corpus import Packed
 from .mixture import Mixture
@@ -30,6 +31,7 @@ class ValidationSets:
     def __init__(self, config: Mapping[str, Any], data: DataConfig, seed: int) -> None:
         known = data.keys if isinstance(data, Custom) else vars(data)
         shared = {name: known[name] for name in SHARED if name in known}
+        self._cache = cache_folder(shared.get("cache_dir"))
         self._taken = [f"data.sources.{name}" for name in data.nested]
         self._unbuilt: list[Problem] = []
         self.nodes: dict[str, DataNode] = {}
@@ -75,6 +77,8 @@ class ValidationSets:
                 raise  # they name the key, or the file
             except ValueError as error:
                 raise ConfigError([Problem(key, str(error))]) from error
+            except OSError as error:
+                raise ConfigError([system_problem(key, error, self._cache)]) from error
             if samples.vocabulary > data.vocabulary:
                 message = f"it has a vocabulary of {samples.vocabulary}, and the training data {data.vocabulary}"
                 raise ConfigError([Problem(key, message, "cut both into tokens by one tokenizer")])

@@ -13,7 +13,7 @@ from ..config.cache import cache_folder
 from ..config.per_host import after_first_on_host, is_first_on_host, share_on_host
 from ..config.problems import ConfigError, Problem
 from ..data.assignment import Assigner
-from ..data.build import build_node
+from ..data.build import build_node, system_problem
 from ..data.config import DataConfig
 from ..data.node import DataNode
 from ..data.samples.order import Shuffled
@@ -148,9 +148,7 @@ def prepared_data(config: DataConfig, seed: int, vocabulary: int | None) -> Data
     except ValueError as error:
         raise ConfigError([Problem("data", str(error))]) from error
     except OSError as error:
-        place = error.filename or cache_folder(config.cache)
-        fix = "make room or get access, or set data.cache_dir to another folder"
-        raise ConfigError([Problem("data", f"{place}: {error.strerror or error}", fix)]) from error
+        raise ConfigError([system_problem("data", error, cache_folder(config.cache))]) from error
     if vocabulary is not None and vocabulary < data.vocabulary:
         message = f"the model knows {vocabulary} tokens, and the data has {data.vocabulary}"
         raise ConfigError([Problem("model.vocabulary", message, f"use {data.vocabulary} or more, or null for the data's own")])

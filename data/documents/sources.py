@@ -216,7 +216,7 @@ class FileSource(ABC):
             yield from self.read(path)
 
     def identity(self, memo: Path) -> str:
-        """Digest all contents. Files are read again only when a path, size or time of change differs."""
+        """Digest all contents. What is read again, and when: as of `identity_of`."""
         return identity_of(self.files(), self.settings(), memo)
 
     def size(self) -> int | None:
@@ -255,10 +255,10 @@ def _is_file(path: Path) -> bool:
 
 
 def identity_of(files: Sequence[Path], settings: str, memo: Path) -> str:
-    """Digest files' contents and settings. Files are read again only when a path, size or time of change differs.
+    """Digest files' contents and settings. Files are read again only when a path, size, time of change or setting differs.
 
-    Digests of large files are kept one by one: another file among them, other settings or an interruption leave them known.
-    Raises OSError naming a file that can't be read.
+    Then all small ones are. Digests of large files are kept one by one: another file among them, other settings or an
+    interruption leave them known. Raises OSError naming a file that can't be read.
     """
     stats = [(str(path.resolve()), path.stat()) for path in files]
     seen = json.dumps([settings, [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]])

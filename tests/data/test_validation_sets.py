@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from meshloom.config.problems import ConfigError
 from meshloom.data.build import build_node
 from meshloom.data.config import SyntheticConfig, TextConfig
+from meshloom.data.documents import sources
 from meshloom.data.validation_sets import ValidationSets
+from meshloom.trainer.run import prepared_data
 
 TEXT = "meshloom.data.nodes.Text"
 
@@ -56,3 +59,28 @@ def test_text_beside_data_without_a_tokenizer_is_refused(tmp_path: Path) -> None
     data.prepare()
     with pytest.raises(ConfigError, match=r"validation\.wiki: the training data have no tokenizer"):
         sets(config, wiki={"_target_": TEXT, "input": f"{tmp_path}/wiki.txt", "cache_dir": str(tmp_path)}).parts(data)
+
+
+def test_a_disk_that_fails_is_told_with_file_key_and_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a corpus room in the cache is no help; of a set the run ended in a traceback."""
+    (tmp_path / "wiki.txt").write_text("abc")
+    config, failing = training(tmp_path), {"train.txt", "wiki.txt"}
+    node = {"_target_": TEXT, "input": f"{tmp_path}/wiki.txt"}
+
+    def digest(path: Path, *others: Any) -> str:
+        if path.name in failing:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return "0" * 32
+
+    monkeypatch.setattr(sources, "digest_file", digest)
+    with pytest.raises(ConfigError, match=r"data: \S+/train\.txt: Input/output error; check the disk that it is on"):
+        prepared_data(config, 1, None)
+    failing.remove("train.txt")
+    data = prepared_data(config, 1, None)
+    with pytest.raises(ConfigError, match=r"validation\.wiki: \S+/wiki\.txt: Input/output error; check the disk that it is on"):
+        sets(config, wiki=node).parts(data)
+    failing.clear()
+    (tmp_path / "cache").rename(tmp_path / "old")
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(ConfigError, match=r"data: \S+/cache\S*: .*; make room or get access, or set data\.cache_dir"):
+        prepared_data(config, 1, None)
