@@ -265,9 +265,8 @@ class GradientReducer:
             gradient, weight.grad = weight.grad, None
             if gradient is not None:
                 unit.take(index, gradient, self.keep_grad_dtype)
-            elif (
-                unit.taken[index] is None
-            ):  # a function gave None, which the graph does not tell: other ranks expect a gradient
+            elif unit.taken[index] is None:
+                # An autograd function gave None, which its graph does not tell, so other ranks expect a gradient.
                 unit.take_zeros(index, self.keep_grad_dtype)
             unit.missing -= self.last
             if not unit.missing:
