@@ -13,9 +13,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from meshloom.config.problems import ConfigError
-from meshloom.data.batch import IGNORED, MicroBatch
+from meshloom.data.batch import IGNORED, GlobalBatch, MicroBatch
 from meshloom.models.build import build_model
 from meshloom.models.config import DecoderConfig
+from meshloom.models.decoder import Decoder
 from meshloom.models.init import fill
 from meshloom.models.protocol import Model
 from meshloom.optim.optimizers.adamw import AdamW
@@ -23,12 +24,15 @@ from meshloom.optim.optimizers.config import AdamWConfig
 from meshloom.parallel.config import ParallelConfig
 from meshloom.parallel.engines import make_engine
 from meshloom.parallel.gradient_noise import Measure
+from meshloom.parallel.hybrid.cost import CostModel
+from meshloom.parallel.hybrid.share import BatchDocuments, HybridAssigner
 from meshloom.parallel.layout import Layout
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.torch.engine import TorchEngine
 from meshloom.parallel.weight_use import completion
+from support import parity
 from support.models import decoder
-from support.parity import VOCABULARY, Work, equal_share, sample, take_steps
+from support.parity import SEQ_LEN, VOCABULARY, UnevenSamples, Work, equal_share, sample, take_steps
 from support.ranks import run_ranks
 from support.routed import ROUTES, Routed, Skipping
 from support.settings import settings_of
@@ -183,6 +187,22 @@ def test_a_decoder_of_ones_own_may_leave_out_layers(
 ) -> None:
     """Experts have axes of their own. Ranks that exchange tokens must run the same mixtures."""
     compare(4, [parallel], steps, **keys)
+
+
+class Own(Decoder):
+    """May leave out weights, for all that is known of it."""
+
+
+def test_ranks_with_other_numbers_of_rows_compare_only_in_their_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under hybrid data parallelism. One that waited in a row that it shares would hold up its peer for ever."""
+    monkeypatch.setattr(parity, "decoder", lambda **shape: Own(DecoderConfig.of(shape)))
+    work = Work(ParallelConfig(zero=1, hdp="greedy", hdp_tokens=6), micro=2, samples=6, steps=2, documents=True, lr=2e-3)
+    dealt = HybridAssigner.of(work.parallel, Layout.plan(work.parallel, 3), 2 * SEQ_LEN, CostModel(10.0, 100.0))
+    lengths = BatchDocuments.of(UnevenSamples(work.documents), GlobalBatch(0, work.samples)).lengths
+    plan = dealt.plan(lengths, SEQ_LEN, work.micro)
+    assert plan.shared and len({len(rows) for rows in plan.rows}) > 1
+    (found,) = parity.differences(3, [work], timeout=30.0)
+    assert found.worst < 1e-9
 
 
 def losses(rank: int, world_size: int, parallel: ParallelConfig, steps: int) -> list[float]:
