@@ -62,7 +62,7 @@ def test_text_beside_data_without_a_tokenizer_is_refused(tmp_path: Path) -> None
 
 
 def test_a_disk_that_fails_is_told_with_file_key_and_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a corpus room in the cache is no help; of a set the run ended in a traceback."""
+    """Of a corpus room in the cache is no help; of a set neither key nor fix was told."""
     (tmp_path / "wiki.txt").write_text("abc")
     config, failing = training(tmp_path), {"train.txt", "wiki.txt"}
     node = {"_target_": TEXT, "input": f"{tmp_path}/wiki.txt"}
