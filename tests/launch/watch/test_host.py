@@ -115,10 +115,11 @@ def test_ranks_end_once_other_hosts_have_heard(hosts: Hosts, store: NewsStore, m
         patch.setattr(time, "monotonic", lambda now=time.monotonic: now() - SILENT)
         patch.setattr(os, "getpid", lambda: hosts.ranks[1].pid)
         Heartbeat(AttemptFolder.of(hosts.folder / "host-1", 0).beat(2)).begin_step(7)
-    take, kept = host.take_stack, list[bool]()
+    take, kept, reads = host.take_stack, list[bool](), threading.Event()
 
     def slow(pid: int, file: Path, *, stopped: bool) -> Stack | None:
         if threading.current_thread() is hosts.watches[1]:
+            reads.set()
             wait(lambda: store.get("here/attempt-0/ended"))
             time.sleep(4 * host.POLL_SECONDS)
             kept.append(hosts.ranks[0].poll() is None)
@@ -127,8 +128,9 @@ def test_ranks_end_once_other_hosts_have_heard(hosts: Hosts, store: NewsStore, m
     monkeypatch.setattr(host, "take_stack", slow)
     monkeypatch.setattr(host, "TOLD_SECONDS", PATIENCE)
     os.kill(hosts.ranks[1].pid, signal.SIGSTOP)
-    for watch in hosts.watches:
-        watch.start()
+    hosts.watches[1].start()
+    assert reads.wait(PATIENCE)
+    hosts.watches[0].start()
     assert [rank.wait(PATIENCE) for rank in hosts.ranks] == [-signal.SIGKILL] * 2
     assert kept == [True], "and it reads no second one"
 
