@@ -11,7 +11,8 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -36,14 +37,13 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def build_once(target: Path, build: Callable[[Path], None]) -> None:
-    """Make sure that the folder `target` exists, calling `build(empty folder)` in one process only.
+@contextmanager
+def locked(target: Path, doing: str) -> Generator[None]:
+    """Hold the lock beside a place in the cache, so that one process of several makes it. doing: what that process does.
 
-    The lock is released when its process ends. What a killed process left is removed by the next that builds. The lock file is
-    removed once the folder exists: a process that still waits for the lock, or creates it again, then finds the folder.
+    The lock is released when its process ends. Its file is removed once `target` exists: a process that still waits for the
+    lock, or creates it again, then finds the target.
     """
-    if target.exists():
-        return
     from filelock import FileLock, Timeout
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -51,9 +51,24 @@ def build_once(target: Path, build: Callable[[Path], None]) -> None:
     try:
         lock.acquire(timeout=0.1)
     except Timeout:
-        log.info("waiting for another process that builds %s", target)
+        log.info("waiting for another process that %s", doing)
         lock.acquire()
     try:
+        yield
+    finally:
+        if target.exists():
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def build_once(target: Path, build: Callable[[Path], None]) -> None:
+    """Make sure that the folder `target` exists, calling `build(empty folder)` in one process only.
+
+    What a killed process left is removed by the next that builds.
+    """
+    if target.exists():
+        return
+    with locked(target, f"builds {target}"):
         if target.exists():
             return
         for left in target.parent.glob(f".{glob.escape(target.name)}.building-*"):
@@ -65,8 +80,5 @@ def build_once(target: Path, build: Callable[[Path], None]) -> None:
             sync_folder(building)
             building.rename(target)
             sync_folder(target.parent)
-            Path(lock.lock_file).unlink(missing_ok=True)
         finally:
             shutil.rmtree(building, ignore_errors=True)
-    finally:
-        lock.release()

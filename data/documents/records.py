@@ -20,8 +20,9 @@ from ...config.problems import Problem
 from ..version import NEWEST
 from . import formats
 from .formats import import_extra, missing_extra
+from .identity import identity_of
 from .record_text import MemberError, RecordText
-from .sources import AGAIN, FileSource, SourceFault, files_below, identity_of, key_below
+from .sources import AGAIN, FileSource, SourceFault, files_below, key_below
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""How far long work on files is: hashing a corpus, verifying shards, copying them; done once, and told once."""
+"""Progress of long work on files: hashing a corpus, verifying shards, copying them; done once, and told once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from meshloom.config import progress_bar
 from meshloom.data.config import ShardsConfig
-from meshloom.data.documents import sources
+from meshloom.data.documents import identity
 from meshloom.data.documents.sources import TextFiles
 from meshloom.data.nodes import Tokenized
 from meshloom.data.shards import manifest, reader
@@ -91,7 +91,7 @@ def test_processes_that_start_together_hash_once(files: Path, tmp_path: Path, mo
         time.sleep(0.1)
         return manifest.digest_file(path, count)
 
-    monkeypatch.setattr(sources, "digest_file", digest)
+    monkeypatch.setattr(identity, "digest_file", digest)
     found: list[str] = []
     hosts = [threading.Thread(target=lambda: found.append(TextFiles(str(files)).identity(tmp_path / "memo"))) for _ in range(3)]
     for host in hosts:

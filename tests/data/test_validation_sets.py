@@ -11,7 +11,7 @@ import pytest
 from meshloom.config.problems import ConfigError
 from meshloom.data.build import build_node
 from meshloom.data.config import SyntheticConfig, TextConfig
-from meshloom.data.documents import sources
+from meshloom.data.documents import identity
 from meshloom.data.validation_sets import ValidationSets
 from meshloom.trainer.run import prepared_data
 
@@ -72,7 +72,7 @@ def test_a_disk_that_fails_is_told_with_file_key_and_fix(tmp_path: Path, monkeyp
             raise OSError(errno.EIO, "Input/output error", str(path))
         return "0" * 32
 
-    monkeypatch.setattr(sources, "digest_file", digest)
+    monkeypatch.setattr(identity, "digest_file", digest)
     with pytest.raises(ConfigError, match=r"data: \S+/train\.txt: Input/output error; check the disk that it is on"):
         prepared_data(config, 1, None)
     failing.remove("train.txt")

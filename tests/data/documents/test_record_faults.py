@@ -1,4 +1,4 @@
-"""What can't be read is named by file, place and key, with what to do: a user may have ten thousand files."""
+"""Faults of records: named by file, place and key, with what to do, since a user may have ten thousand files."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from meshloom.data.documents import sources
+from meshloom.data.documents import identity
 from meshloom.data.documents.chat import ChatTemplate
 from meshloom.data.documents.record_text import RecordText
 from meshloom.data.documents.records import HuggingFace, JsonLines, ParquetFiles
@@ -487,14 +487,14 @@ def test_identity_is_that_of_contents_and_settings(tmp_path: Path, make: Callabl
 def test_identity_reads_unchanged_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_lines(tmp_path / "a.jsonl", TEXTS)
     identity = JsonLines(str(tmp_path)).identity(tmp_path / ".memo")
-    monkeypatch.setattr("meshloom.data.documents.sources.digest_file", None)
+    monkeypatch.setattr("meshloom.data.documents.identity.digest_file", None)
     assert JsonLines(str(tmp_path)).identity(tmp_path / ".memo") == identity
 
 
 def test_a_large_file_is_hashed_once_whatever_comes_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sources, "LARGE", 10)
-    digest_file, read = sources.digest_file, list[str]()
-    monkeypatch.setattr(sources, "digest_file", lambda path, count: (read.append(path.name), digest_file(path, count))[1])
+    monkeypatch.setattr(identity, "LARGE", 10)
+    digest_file, read = identity.digest_file, list[str]()
+    monkeypatch.setattr(identity, "digest_file", lambda path, count: (read.append(path.name), digest_file(path, count))[1])
     memo, text = tmp_path / "memo", tmp_path / "text"
     text.mkdir()
     (text / "a.txt").write_text("long enough")
