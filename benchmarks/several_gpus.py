@@ -40,7 +40,7 @@ PATIENCE = 2.0
 """A row may take so many times its estimate."""
 TINY_SECONDS = 60.0
 CUT = "cut by the end of the call: to be run again"
-"""What came of a row that took longer than its estimate, so that the call's time did not suffice."""
+"""The end of a row that took longer than its estimate, so that the call's time did not suffice."""
 Found = Mapping[str, Mapping[str, Any]]
 """Row → its newest line in rows.jsonl."""
 

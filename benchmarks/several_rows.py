@@ -21,7 +21,7 @@ TINY = [
     "model.dim=64", "model.layers=4", "model.heads=4", "model.kv_heads=2", "model.ffn_dim=128", "model.vocabulary=null",
     "data.vocabulary=512", "data.seq_len=64", "precision=fp32", "trainer.compile=false", "trainer.float8=none",
 ]  # fmt: skip
-"""What makes a recipe small enough for processes on two cores."""
+"""Overrides that make a recipe small enough for processes on two cores."""
 TINY_MIXTURE = ["model.head_dim=16", "model.experts.ffn_dim=32"]
 KEEP_GATHERED = "--parallelism.fsdp_reshard_after_forward never"
 FLOAT8 = (
@@ -61,7 +61,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Row:
-    """What a run is to decide. seconds: that its commands take on the GPUs, about, with what they compile."""
+    """A question, and the commands that answer it. seconds: that they take on the GPUs, about, with what they compile."""
 
     name: str
     question: str
@@ -72,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Place:
-    """Where rows run, and at which sizes.
+    """The machine that rows run on, and their sizes.
 
     output  for files of rows
     tiny    small sizes, on processes of the CPU
@@ -129,7 +129,7 @@ def _peers(memory: float | None = 0.75, least: float | None = 1.15) -> list[Goal
 
 
 def _results(place: Place) -> Iterator[Row]:
-    """Whether what is computed over NCCL is right."""
+    """Make the rows that tell if results over NCCL are right."""
     gpus = place.gpus
     words = ["pytest", "tests/parallel/test_gpu_two.py", "-p", "no:cacheprovider"]
     goals = [Goal("tests passed", "passed", least=30), Goal("failed", "failed", most=0)]

@@ -1,4 +1,4 @@
-"""Which weights the loss of a rank depends on, and a check that ranks do not differ in them."""
+"""The weights that the loss of a rank depends on, and a check that ranks do not differ in them."""
 
 from __future__ import annotations
 
@@ -61,6 +61,14 @@ def highest(
     return votes.tolist()
 
 
+def extremes(
+    numbers: Sequence[int], groups: Sequence[dist.ProcessGroup], waiting: Callable[[], AbstractContextManager[None]]
+) -> tuple[list[int], list[int]]:
+    """Return the highest and the lowest of the ranks' numbers at each place, by one `highest`."""
+    both = highest([*numbers, *(-number for number in numbers)], groups, waiting)
+    return both[: len(numbers)], [-number for number in both[len(numbers) :]]
+
+
 class SameWeights:
     """Refuses micro-batches in which ranks use different weights, where gradients of different weights would be added up."""
 
@@ -90,8 +98,7 @@ class SameWeights:
             ends[self._units[name]] = min(number, ends.get(self._units[name], number))
         order = {unit: at for at, unit in enumerate(sorted(ends, key=ends.__getitem__, reverse=True), start=1)}
         mine = [order[unit] if name in completed else 0 for name, unit in self._units.items()]
-        votes = highest([*mine, *(-vote for vote in mine)], self._groups, self._waiting)
-        seen = zip(self._units, votes, (-vote for vote in votes[len(mine) :]), strict=False)
+        seen = zip(self._units, *extremes(mine, self._groups, self._waiting), strict=True)
         differing = {name: least for name, most, least in seen if most != least}
         if differing:
             some = [name for name, least in differing.items() if not least]

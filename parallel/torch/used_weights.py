@@ -10,7 +10,6 @@ No rank waits for another inside of a backward pass for this, where collectives 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
@@ -18,11 +17,11 @@ import torch
 from torch import nn
 
 from ..mesh import WeightAxes
-from ..weight_use import completion, highest
+from ..weight_use import completion, extremes, highest
 from .exchange import ExchangeUnit
 
 UNUSED, AT_END, FIRST = 0, 1, 2
-"""When a weight's gradient is sent: never, after the pass, or in it, with the unit that is complete first (+ 1: second)."""
+"""Times to send a weight's gradient: never, after the pass, or in it, with the unit that is complete first (+ 1: second)."""
 
 
 class UsedWeights:
@@ -35,8 +34,8 @@ class UsedWeights:
         waiting: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """units: their weights; waiting: encloses what waits for other ranks."""
-        groups = [axis.get_group() for axis in (axes.shards, axes.copies) if axis.size() > 1]
-        self._units, self._highest = units, functools.partial(highest, groups=groups, waiting=waiting)
+        self._units, self._waiting = units, waiting
+        self._groups = [axis.get_group() for axis in (axes.shards, axes.copies) if axis.size() > 1]
         self._weights = {weight for weights in units.values() for weight in weights}
         self._differ = False
 
@@ -44,8 +43,7 @@ class UsedWeights:
         """Return whether ranks will use other weights in the backward pass of a loss, or in another order. A collective."""
         completed, hides = completion(loss, self._weights)
         mine = [*self._sent(completed), hides]
-        votes = self._highest([*mine, *(-vote for vote in mine)])
-        most, least = votes[: len(mine)], [-vote for vote in votes[len(mine) :]]
+        most, least = extremes(mine, self._groups, self._waiting)
         self._differ = most != least or most[-1] > 0
         return self._differ
 
@@ -72,7 +70,7 @@ class UsedWeights:
             return
         self._differ = False
         weights = [(unit, index) for unit in self._units for index in range(len(unit.weights))]
-        used = self._highest([unit.taken[index] is not None for unit, index in weights])
+        used = highest([unit.taken[index] is not None for unit, index in weights], self._groups, self._waiting)
         for (unit, index), somewhere in zip(weights, used, strict=True):
             if somewhere and unit.taken[index] is None:
                 unit.take_zeros(index, keep_dtype)

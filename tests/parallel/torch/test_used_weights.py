@@ -276,7 +276,7 @@ def test_deepspeed_refuses_other_weights(zero: int) -> None:
 
 
 def measured(rank: int, world_size: int, routes: Routes) -> str:
-    """What a step says that tells micro-batches' gradients apart."""
+    """Return the error of a step that tells micro-batches' gradients apart."""
     model, parallel = routed(), ParallelConfig(zero=1)
     mesh = Mesh.connect(Layout.plan(parallel, world_size), torch.device("cpu"))
     make = functools.partial(AdamW, AdamWConfig(lr=1e-2, weight_decay=0.1, betas=[0.9, 0.95], eps=1e-8))
@@ -295,7 +295,7 @@ def test_noise_is_refused_by_the_name_of_a_weight_that_a_micro_batch_leaves_out(
 
 
 def events(rank: int, world_size: int, kind: str) -> list[str]:
-    """What happens in a step of ranks that use the same weights, in order."""
+    """Return the events of a step of ranks that use the same weights, in order."""
     parallel = ParallelConfig(zero=1)
     model = routed() if kind == "own" else decoder(**Work().llama())
     engine = engine_of(model, parallel, world_size)
