@@ -56,9 +56,11 @@ def locked(target: Path, doing: str) -> Generator[None]:
     try:
         yield
     finally:
-        if target.exists():
-            Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        try:
+            if target.exists():
+                Path(lock.lock_file).unlink(missing_ok=True)
+        finally:
+            lock.release()
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> None:
